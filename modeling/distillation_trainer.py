@@ -1,0 +1,222 @@
+"""What the trainers of all methods share: predicting logits, the step's normaliser, logging and evaluation.
+
+A method is a subclass whose `compute_loss` says it:
+
+    class MyTrainer(DistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            student = self.student_logits(model, inputs)   # z^S [R_S, V_S], one row a response token
+            teacher = self.teacher_logits(inputs)          # z^T [R_T, V_T]
+            ce = cross_entropy(student, self.response_labels(inputs))
+            kd = ...                                       # one weighted divergence a unit
+            return self.step_loss(inputs, ce, kd, num_items_in_batch)
+
+Both logit tensors hold the rows that *predict* the response tokens (the causal shift is in the collator's
+`positions`), over the columns that the tokenizer really has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from modeling.examples import IGNORED
+
+
+class RunningMeans:
+    """Means whose parts come from many micro-batches and ranks: sum of numerators over sum of denominators.
+
+    The sums stay on the device, so recording never waits for it; `reduce` makes the one transfer.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, list] = {}
+
+    def record(self, name: str, numerator: Tensor | float, denominator: float) -> None:
+        sums = self.sums.setdefault(name, [0.0, 0.0])
+        sums[0] = sums[0] + (numerator.detach().float() if isinstance(numerator, Tensor) else numerator)
+        sums[1] += denominator
+
+    def reduce(self, accelerator) -> dict[str, float]:
+        """The means over all ranks (every rank must call), and a fresh start. A mean of nothing is left out."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        device = accelerator.device
+        numerators = [torch.as_tensor(self.sums[name][0], dtype=torch.float32, device=device) for name in names]
+        denominators = torch.tensor([self.sums[name][1] for name in names], dtype=torch.float32, device=device)
+        sums = accelerator.reduce(torch.stack([torch.stack(numerators), denominators], dim=1), reduction="sum").tolist()
+        self.sums = {}
+        return {name: numerator / denominator for name, (numerator, denominator) in zip(names, sums) if denominator}
+
+
+class ResponseTrainer(Trainer):
+    """Trains on responses: `L = CE`, one mean over the response tokens of the whole optimizer step.
+
+    Args beyond those of `Trainer`:
+        n_student_tokens: how many columns of the student's logits are real, `len(tokenizer)`.
+    """
+
+    # `step_loss` divides by the tokens of all micro-batches, so the Trainer must not divide by their number again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, n_student_tokens: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.n_student_tokens = n_student_tokens
+        self.train_means, self.eval_means = RunningMeans(), RunningMeans()
+        if bool(self.args.deepspeed) != self.is_deepspeed_enabled:
+            raise RuntimeError("--deepspeed was given, but accelerate did not start it. Check ACCELERATE_* variables.")
+
+    # ------------------------------------------------------------------------------------------- logits and labels
+
+    def student_logits(self, model, inputs: dict) -> Tensor:
+        """[R_S, V_S] predicting logits of the response tokens, with gradient, in the model's dtype."""
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits
+        return response_rows(logits, inputs["positions"], self.n_student_tokens)
+
+    @staticmethod
+    def response_labels(inputs: dict) -> Tensor:
+        """int64 [R_S]: the response tokens themselves."""
+        return inputs["labels"].flatten()[inputs["positions"] + 1]
+
+    # ------------------------------------------------------------------------------------------------ the step's loss
+
+    def step_loss(self, inputs: dict, ce: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Scalar: Σ CE over this micro-batch, per response token of the optimizer step (all micro-batches, all ranks).
+
+        Args:
+            ce: float32 [R_S], one a response token.
+            num_items_in_batch: response tokens of the whole step; None in evaluation.
+        """
+        return self.per_token(inputs, num_items_in_batch, loss=ce.sum(), ce_loss=ce.sum())
+
+    def per_token(self, inputs: dict, num_items_in_batch: Tensor | int | None, **totals: Tensor) -> Tensor:
+        """Logs each total (a sum over this micro-batch) per response token, and returns `loss` so, ready for backward.
+
+        Logged values and gradients do not depend on how a step's examples are split into micro-batches and ranks.
+        """
+        if self.model.training:
+            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            for name, total in totals.items():
+                if name != "loss":  # the Trainer logs that itself
+                    self.record(name, total / num_items_in_batch, 1 / parts)
+            # Ranks' gradients are averaged, and the logged loss too: the factor turns both means into sums.
+            return totals["loss"] / num_items_in_batch * self.accelerator.num_processes
+
+        n_tokens = inputs["positions"].numel()
+        for name, total in totals.items():
+            self.record(name, total, n_tokens)
+        n_bytes = sum(response.n_bytes for response in inputs["responses"])
+        self.record("bits_per_byte", totals["ce_loss"] / math.log(2), n_bytes)
+        return totals["loss"] / max(n_tokens, 1)
+
+    def record(self, name: str, numerator: Tensor | float, denominator: float) -> None:
+        """Logs Σ numerator / Σ denominator over micro-batches and ranks since the last log (or in an evaluation)."""
+        (self.train_means if self.model.training else self.eval_means).record(name, numerator, denominator)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """int64 scalar: the response tokens of the step, over its micro-batches and all ranks (at least 1)."""
+        count = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
+        count = torch.as_tensor(count, dtype=torch.int64, device=device)
+        return self.accelerator.reduce(count, reduction="sum").clamp_min(1)
+
+    # ------------------------------------------------------------------------------------------- logging, evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.train_means.reduce(self.accelerator)
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Every example exactly once over all ranks, and as many batches on each (ZeRO-3 needs them in step)."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        shard = EvenShard(dataset, self.accelerator.process_index, self.accelerator.num_processes)
+        return DataLoader(
+            shard,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.compute_loss(model, inputs)  # records what evaluation_loop reports
+        return None, None, None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """CE, KD and the rest over the whole set; perplexity a token; bits a byte, which compares across tokenizers."""
+        self.eval_means = RunningMeans()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        means = self.eval_means.reduce(self.accelerator)
+        if "ce_loss" in means:
+            means["perplexity"] = math.exp(min(means["ce_loss"], 700.0))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return EvalLoopOutput(None, None, output.metrics, len(dataloader.dataset.dataset))
+
+
+class DistillationTrainer(ResponseTrainer):
+    """A `ResponseTrainer` with a teacher: `L = α·CE + (1 − α)·KD`.
+
+    Args beyond those of `ResponseTrainer`:
+        teacher: frozen here, in eval mode.
+        n_teacher_tokens: how many columns of the teacher's logits are real.
+        kd_alpha: α.
+    """
+
+    def __init__(self, *args, teacher: PreTrainedModel, n_teacher_tokens: int, kd_alpha: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.n_teacher_tokens = n_teacher_tokens
+        self.kd_alpha = kd_alpha
+
+    @torch.no_grad()
+    def teacher_logits(self, inputs: dict) -> Tensor:
+        """[R_T, V_T] predicting logits of the teacher's response tokens, in the teacher's dtype."""
+        logits = self.teacher(
+            input_ids=inputs["teacher_input_ids"], attention_mask=inputs["teacher_attention_mask"], use_cache=False
+        ).logits
+        return response_rows(logits, inputs["teacher_positions"], self.n_teacher_tokens)
+
+    def step_loss(self, inputs: dict, ce: Tensor, kd: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Scalar: α·ΣCE + (1 − α)·ΣKD over this micro-batch, per response token of the optimizer step.
+
+        Args:
+            ce: float32 [R_S], one a response token.
+            kd: float32 [units], each already times the student tokens that its unit covers.
+            num_items_in_batch: response tokens of the whole step; None in evaluation.
+        """
+        ce, kd = ce.sum(), kd.sum()
+        loss = self.kd_alpha * ce + (1 - self.kd_alpha) * kd
+        return self.per_token(inputs, num_items_in_batch, loss=loss, ce_loss=ce, kd_loss=kd)
+
+
+def response_rows(logits: Tensor, positions: Tensor, n_tokens: int) -> Tensor:
+    """[R, n_tokens]: the given rows of the flattened [B, L, V] logits, without the padded columns of the head."""
+    return logits.flatten(0, 1).index_select(0, positions)[:, :n_tokens]
+
+
+class EvenShard(Dataset):
+    """One rank's share of a dataset. Shares that would be shorter are filled with an example that has no response."""
+
+    def __init__(self, dataset, rank: int, ranks: int):
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.ranks)
+
+    def __getitem__(self, index: int) -> dict:
+        place = index * self.ranks + self.rank
+        if place < len(self.dataset):
+            return self.dataset[place]
+        return {name: [] if name.endswith("ends") else value for name, value in self.dataset[0].items()}
+

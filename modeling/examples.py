@@ -1,0 +1,359 @@
+"""From rows of a training file to the batches that the trainers read.
+
+A row is `(prefix, text)`: the prompt, and the response to learn. Each side tokenises `prefix + text` with its own
+tokenizer; the teacher never sees student ids. All that depends on the text alone is worked out here, in dataset
+preparation or in the collator (which runs in the data loader's workers), so that a training step only does what
+needs logits.
+
+The batch contract (`ResponseCollator`), for B examples with R response tokens in all:
+
+    input_ids, attention_mask   int64 [B, L]  the student's, padded on the right
+    labels                      int64 [B, L]  the response's ids at their own place, -100 elsewhere
+    positions                   int64 [R]     rows of the flattened [B * L] logits that *predict* the response tokens
+                                              (the model's output one place earlier), example after example
+    example                     int64 [R]     which example of the batch each response token belongs to
+    responses                   list[Response], B of them, kept on the host
+    teacher_input_ids, teacher_attention_mask, teacher_labels, teacher_positions, teacher_example
+                                the same for the teacher, where there is one
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
+
+from get_vocab_mapper.token_forms import TokenForms, token_forms
+
+IGNORED = -100  # the label of a token that no loss reads, as everywhere in transformers
+
+
+# ------------------------------------------------------------------------------------------------ rows of a file
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The Alpaca template up to and including the newline before the response."""
+    context = ", paired with an input that provides further context" if input else ""
+    input_section = f"### Input:\n{input}\n\n" if input else ""
+    return (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{input_section}### Response:\n"
+    )
+
+
+# The columns a row may have, tried in this order: (columns that must be there, how they become prefix and text).
+LAYOUTS = (
+    (("prefix", "text"), lambda row: (row["prefix"], row["text"])),
+    (("instruction", "output"), lambda row: (alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"])),
+    (("prompt", "completion"), lambda row: (row["prompt"], row["completion"])),
+    (("prompt", "output"), lambda row: (row["prompt"], row["output"])),
+)
+
+
+def prefix_and_text(row: object) -> tuple[str, str]:
+    """`(prefix, text)` of one row. Raises ValueError saying which column is missing or is not a string.
+
+    A list of references under `output` (evaluation files) gives its first.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"it is a JSON {type(row).__name__}, not an object with named columns")
+    for columns, convert in LAYOUTS:
+        if all(column in row for column in columns):
+            row = {**row, **{c: row[c][0] for c in columns if isinstance(row[c], list) and row[c]}}
+            for column in (*columns, "input"):
+                if column in row and not isinstance(row[column], str) and not (column == "input" and not row[column]):
+                    raise ValueError(f"column {column!r} holds {type(row[column]).__name__}, not a string")
+            return convert(row)
+    known = "; ".join(" + ".join(columns) for columns, _ in LAYOUTS)
+    raise ValueError(f"it has the columns {sorted(row)}, and none of these pairs: {known}")
+
+
+def read_rows(path: str | Path) -> Iterator[dict]:
+    """The rows of a JSON array, or of a file with one JSON object a line, as `{"row", "prefix", "text"}`.
+
+    `row` counts from 1: the place in the array, or the line. Raises FileNotFoundError, or ValueError naming the
+    file, the row and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Give the path of a JSON file with 'prefix' and 'text'.")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = next((c for line in file if (c := line.lstrip()[:1])), "")
+            file.seek(0)
+            rows = enumerate(json.load(file), 1) if first == "[" else _rows_of_lines(file, path)
+            for number, row in rows:
+                try:
+                    prefix, text = prefix_and_text(row)
+                except ValueError as error:
+                    raise ValueError(f"{path}, row {number}: {error}.") from None
+                yield {"row": number, "prefix": prefix, "text": text}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, byte {error.start}: not UTF-8. Convert the file to UTF-8.") from None
+
+
+def _rows_of_lines(file: codecs.StreamReader, path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON ({error.msg}). "
+                    "The file must be one JSON array, or hold one JSON object a line."
+                ) from None
+
+
+# ------------------------------------------------------------------------------------------- tokenising one side
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One side's tokens of one example. The response is `input_ids[response_start:]`."""
+
+    input_ids: np.ndarray  # int64 [n]
+    response_start: int  # at least 1: a token with nothing before it cannot be predicted
+    ends: np.ndarray  # int32 [n - response_start]: the byte of the response at which each token ends
+
+
+class Encoder:
+    """Tokenises `prefix + text` for one side, and says where every response token ends.
+
+    Raises ValueError where the tokenizer has no EOS, or is one whose tokens cannot be read (see `token_forms`).
+    """
+
+    def __init__(self, tokenizer, forms: TokenForms | None = None):
+        self.tokenizer = tokenizer
+        self.forms = forms or token_forms(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path!r} declares no EOS token, which every response ends with. "
+                "Set eos_token in its tokenizer_config.json."
+            )
+        self.eos_id = int(tokenizer.eos_token_id)
+
+    @cached_property
+    def pad_id(self) -> int:
+        """A tokenizer without a pad token pads with EOS; padding is masked either way."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.eos_id if pad_id is None else int(pad_id)
+
+    def encode(self, prefix: str, text: str, eos: bool = True) -> Encoded:
+        """Tokens of `prefix + text`, with what the tokenizer adds in front, and EOS behind it unless `eos` is off.
+
+        A token astride the border of prefix and text belongs to the response. EOS counts as one byte past the text.
+        """
+        whole = prefix + text
+        encoding = self.tokenizer(
+            whole,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+        # What the tokenizer's template adds: kept in front (BOS), dropped behind (EOS is put there below).
+        content = np.flatnonzero(np.asarray(encoding["special_tokens_mask"]) == 0)
+        first, last = (content[0], content[-1] + 1) if len(content) else (len(ids), len(ids))
+        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[first:last]
+        ids = ids[:last]
+
+        border = len(prefix.encode("utf-8", "surrogatepass"))
+        ends = self._byte_ends(ids[first:], offsets, whole) - border
+        start = int(first + np.searchsorted(ends, 0, side="right"))
+        if eos:
+            end_of_text = len(text.encode("utf-8", "surrogatepass"))
+            if len(ids) == start or ids[-1] != self.eos_id:
+                ids = np.append(ids, self.eos_id)
+                ends = np.append(ends, end_of_text)
+            ends[-1] = end_of_text + 1
+        start = max(start, 1)
+        return Encoded(ids, start, ends[start - first :].astype(np.int32))
+
+    def _byte_ends(self, ids: np.ndarray, offsets: np.ndarray, whole: str) -> np.ndarray:
+        """int64 [len(ids)]: how many bytes of `whole` the tokens up to and including each one cover.
+
+        Token forms give this exactly wherever, joined, they are the text (or the text behind a SentencePiece dummy
+        space). Where the tokenizer's normaliser has changed the text, the tokenizer's character offsets anchor them.
+        """
+        if not len(ids):
+            return np.zeros(0, dtype=np.int64)
+        text = whole.encode("utf-8", "surrogatepass")
+        ends = np.cumsum(self.forms.lengths[ids], dtype=np.int64)
+        dummy = int(ends[-1]) - len(text)
+        if dummy in (0, 1):
+            joined = b"".join([self.forms.forms[i] for i in ids])
+            if joined[dummy:] == text and joined[:dummy] in (b"", b" "):
+                return ends - dummy
+
+        byte_at = np.zeros(len(whole) + 1, dtype=np.int64)
+        np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in whole], out=byte_at[1:])
+        starts, stops = offsets[:, 0], offsets[:, 1]
+        # A token that stops inside a character (the next one starts before its end) is placed by its own bytes,
+        # counted from the last token that stopped between two characters.
+        between = np.append(starts[1:] >= stops[:-1], True)
+        anchor = np.maximum.accumulate(np.where(between, np.arange(len(ids)), -1))
+        before = np.concatenate([[-1], anchor[:-1]])  # the last anchored token before each one
+        base = byte_at[np.where(before >= 0, stops[before], starts[0])]
+        inside = base + ends - np.where(before >= 0, ends[before], 0)
+        placed = np.where(between, byte_at[stops], np.minimum(inside, byte_at[stops]))
+        return np.maximum.accumulate(placed)
+
+
+def encode_pair(encoders: Sequence[Encoder], prefix: str, text: str, block_size: int) -> list[Encoded] | None:
+    """The example as each side sees it, in at most `block_size` tokens on every side.
+
+    Where one is longer, the text is cut for all at one character: the longest beginning that fits every side, without
+    EOS. None where no response token is left on some side.
+    """
+    if not text:
+        return None
+    encoded = [encoder.encode(prefix, text) for encoder in encoders]
+    if any(len(e.input_ids) > block_size for e in encoded):
+        encoded = _longest_that_fits(encoders, prefix, text, block_size, encoded)
+    if encoded is None or any(len(e.input_ids) <= e.response_start for e in encoded):
+        return None
+    return encoded
+
+
+def _longest_that_fits(encoders, prefix, text, block_size, encoded) -> list[Encoded] | None:
+    # A cut text seldom has fewer tokens than it has up to the cut in the whole text: start a few tokens later than
+    # that and walk back.
+    slack = 8
+    text_bytes = text.encode("utf-8", "surrogatepass")
+    cut = len(text)
+    for e in encoded:
+        last = block_size + slack - e.response_start - 1
+        if last < 0:
+            return None
+        if last < len(e.ends):
+            cut = min(cut, len(text_bytes[: max(e.ends[last], 0)].decode("utf-8", "ignore")))
+    while cut > 0:
+        encoded = [encoder.encode(prefix, text[:cut], eos=False) for encoder in encoders]
+        excess = max(len(e.input_ids) for e in encoded) - block_size
+        if excess <= 0:
+            return encoded
+        cut -= 1
+    return None
+
+
+def prepare_example(row: dict, encoders: Sequence[Encoder], block_size: int) -> dict:
+    """One row of the tokenised dataset: the student's columns, and `teacher_…` ones with a second encoder.
+
+    An example that cannot be used (no response token fits) has empty `ends`, and is filtered out by the caller.
+    """
+    encoded = encode_pair(encoders, row["prefix"], row["text"], block_size)
+    columns: dict = {"row": row["row"], "cut": bool(encoded) and encoded[0].input_ids[-1] != encoders[0].eos_id}
+    for i, side in enumerate(("", "teacher_")[: len(encoders)]):
+        e = encoded[i] if encoded else Encoded(np.zeros(0, np.int64), 0, np.zeros(0, np.int32))
+        columns[f"{side}input_ids"] = e.input_ids
+        columns[f"{side}response_start"] = e.response_start
+        columns[f"{side}ends"] = e.ends
+    return columns
+
+
+# ---------------------------------------------------------------------------------------------------- the collator
+
+
+@dataclass
+class Response:
+    """What the host keeps of one example's response: N student tokens and M teacher tokens of the same text.
+
+    `distance[teacher_index[i], student_index[j]]` is the Levenshtein distance between the texts of teacher token i
+    and student token j, spaces left out; 0 where both are EOS. (Tokens repeat, so the table is over distinct ones.)
+    """
+
+    row: int  # in the data file, from 1
+    n_bytes: int  # of the response text that the tokens cover
+    ends: np.ndarray  # int32 [N]: the byte at which each token ends; EOS counts as one byte past the text
+    teacher_ends: np.ndarray | None = None  # int32 [M]
+    distance: np.ndarray | None = None  # uint16 [distinct teacher tokens, distinct student tokens]
+    teacher_index: np.ndarray | None = None  # int64 [M]
+    student_index: np.ndarray | None = None  # int64 [N]
+
+
+class ResponseCollator:
+    """Pads a list of prepared examples into the batch of the module docstring.
+
+    With `edit_distances`, each `Response` also gets the table that dynamic time warping reads. An example whose
+    `input_ids` are all there but whose `ends` are empty takes part with no response token, and adds nothing.
+    """
+
+    def __init__(self, student: Encoder, teacher: Encoder | None = None, edit_distances: bool = False):
+        self.student = student
+        self.teacher = teacher
+        self.edit_distances = edit_distances and teacher is not None
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self._pad(examples, "", self.student.pad_id)
+        if self.teacher is not None:
+            batch |= self._pad(examples, "teacher_", self.teacher.pad_id)
+        batch["responses"] = [self._response(example) for example in examples]
+        return batch
+
+    @staticmethod
+    def _pad(examples: list[dict], side: str, pad_id: int) -> dict[str, torch.Tensor]:
+        ids = [np.asarray(example[f"{side}input_ids"], dtype=np.int64) for example in examples]
+        shape = (len(ids), max(map(len, ids)))
+        input_ids, mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64)
+        labels = np.full(shape, IGNORED)
+        positions, owner = [], []
+        for b, (row, example) in enumerate(zip(ids, examples)):
+            start, n = example[f"{side}response_start"], len(example[f"{side}ends"])
+            input_ids[b, : len(row)], mask[b, : len(row)] = row, 1
+            labels[b, start : start + n] = row[start : start + n]
+            positions.append(b * shape[1] + start - 1 + np.arange(n))
+            owner.append(np.full(n, b))
+        arrays = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "positions": np.concatenate(positions),
+            "example": np.concatenate(owner),
+        }
+        return {f"{side}{name}": torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _response(self, example: dict) -> Response:
+        ends = np.asarray(example["ends"], dtype=np.int32)
+        has_eos = bool(len(ends)) and example["input_ids"][-1] == self.student.eos_id
+        response = Response(example["row"], int(ends[-1]) - has_eos if len(ends) else 0, ends)
+        if self.teacher is not None:
+            response.teacher_ends = np.asarray(example["teacher_ends"], dtype=np.int32)
+        if self.edit_distances:
+            student_ids, response.student_index = np.unique(_response_ids(example, ""), return_inverse=True)
+            teacher_ids, response.teacher_index = np.unique(_response_ids(example, "teacher_"), return_inverse=True)
+            response.distance = token_distances(self.teacher, teacher_ids, self.student, student_ids)
+        return response
+
+
+def _response_ids(example: dict, side: str) -> np.ndarray:
+    start, n = example[f"{side}response_start"], len(example[f"{side}ends"])
+    return np.asarray(example[f"{side}input_ids"], dtype=np.int64)[start : start + n]
+
+
+def token_distances(
+    teacher: Encoder, teacher_ids: np.ndarray, student: Encoder, student_ids: np.ndarray
+) -> np.ndarray:
+    """uint16 [len(teacher_ids), len(student_ids)]: Levenshtein distances of the tokens' texts, spaces left out.
+
+    Two EOS tokens are at distance 0 whatever their texts (CDM, arXiv 2502.11104, section 3.1).
+    """
+    table = cdist(
+        [teacher.forms.spaceless[i] for i in teacher_ids],
+        [student.forms.spaceless[i] for i in student_ids],
+        scorer=Levenshtein.distance,
+        dtype=np.uint16,
+    )
+    table[np.ix_(teacher_ids == teacher.eos_id, student_ids == student.eos_id)] = 0
+    return table

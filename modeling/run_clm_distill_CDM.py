@@ -1,0 +1,183 @@
+"""CDM: contextual dynamical mapping, distillation across tokenizers (arXiv 2502.11104, Findings of ACL 2025).
+
+    L = α·CE + (1 − α)·KD,   KD = Σ_g |J_g| · KD_g / (response tokens of the optimizer step)
+
+1. Weights.   Each position costs w = ⌊3·σ(4h − 2) + 3⌋ to misalign, h the entropy of its prediction, scaled to [0, 1]
+              within the response: uncertain positions cost more.
+2. Alignment. Dynamic time warping between teacher tokens i and student tokens j with the cost
+              lev(a_i, b_j) · w_i · w_j, a and b the tokens' texts without spaces.
+3. Groups.    The path cut at its diagonal moves: group g pairs teacher positions I_g with student positions J_g, and
+              its logits z_g are their means.
+4. Mapping.   Each of the teacher's top k tokens in g maps to its exact match, or else to the nearest string among the
+              student's top k; the pairs found are P_→(g). The same from student to teacher gives P_←(g).
+5. Loss.      KD_g = τ²/2 · Σ_{d ∈ {→, ←}} KL(softmax(z^T_g[v]/τ) ‖ softmax(z^S_g[u]/τ)) over the pairs (v, u) of P_d.
+              Gradient flows through the student's logits here, and through nothing that steps 1 to 4 chose.
+
+`--alignment byte` puts the exact alignment in the place of steps 1 and 2: a group ends wherever both sides end a
+token at the same byte of the response.
+
+Logged beside the losses: mapped_rate (pairs found of 2k, mean over groups), teacher_mass (the share of the teacher's
+probability that P_→ covers), one_to_one (student tokens in groups of one token a side), aligned (student tokens whose
+group covers the same bytes on both sides).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from get_vocab_mapper.vocab_mapper import VocabMapper, load_mapper
+from modeling.alignment import (
+    aligned_tokens,
+    byte_groups,
+    concatenate_groups,
+    dtw_groups,
+    entropy,
+    entropy_weights,
+    one_to_one_tokens,
+)
+from modeling.arguments import (
+    DataArguments,
+    DistillationArguments,
+    StudentArguments,
+    TrainingArguments,
+    check,
+    parse_arguments,
+)
+from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.distillation_trainer import DistillationTrainer
+from modeling.divergences import cross_entropy
+from modeling.examples import Response, ResponseCollator
+from modeling.experiment import load_data, load_student, load_teacher, run, start
+
+
+@dataclass
+class CDMArguments:
+    """What is CDM's own."""
+
+    teacher_to_student_id_mapping: str = field(
+        metadata={
+            "help": "The mapper file of this pair, made by get_vocab_mapper/get_em_mapper.py (or the MinED or prefixEM "
+            "one), or a JSON file {teacher id: student id} as the published scripts have it. Required."
+        }
+    )
+    topk: int = field(
+        default=100,
+        metadata={"help": "How many of each side's most probable tokens a group maps. 1 to the smaller vocabulary."},
+    )
+    simi_threshold: float = field(
+        default=0.3,
+        metadata={
+            "help": "Strings nearer than this (Levenshtein distance over the sum of lengths) count as similar. Above "
+            "0, and no more than the mapper was built with.",
+            "aliases": ["--simi_threadshold"],
+        },
+    )
+    alignment: Literal["dtw", "byte"] = field(
+        default="dtw",
+        metadata={"help": "dtw: entropy-weighted dynamic time warping, the paper's. byte: exact, by byte positions."},
+    )
+
+    def __post_init__(self):
+        check(self.topk >= 1, "topk", self.topk, "give 1 or more")
+        check(0 < self.simi_threshold <= 1, "simi_threshold", self.simi_threshold, "give a number above 0, at most 1")
+
+
+class CDMTrainer(DistillationTrainer):
+    """CDM over the groups of every response.
+
+    Args beyond those of `DistillationTrainer`:
+        mapper: of this pair of tokenizers.
+        topk, kd_temperature, alignment: as in `CDMArguments` and `DistillationArguments`.
+    """
+
+    def __init__(self, *args, mapper: VocabMapper, topk: int, kd_temperature: float, alignment: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher_to_student = DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student))
+        self.student_to_teacher = DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher))
+        self.topk = topk
+        self.kd_temperature = kd_temperature
+        self.alignment = alignment
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        student = self.student_logits(model, inputs)  # z^S [R_S, V_S]
+        teacher = self.teacher_logits(inputs)  # z^T [R_T, V_T]
+        responses = [response for response in inputs["responses"] if len(response.ends)]
+
+        aligned = self.align(student, teacher, responses)  # steps 1 to 3
+        groups = concatenate_groups(aligned)
+        cdm = contextual_kl(  # steps 4 and 5
+            student,
+            teacher,
+            groups,
+            self.teacher_to_student,
+            self.student_to_teacher,
+            self.topk,
+            self.kd_temperature,
+        )
+        ce = cross_entropy(student, self.response_labels(inputs))  # [R_S]
+        kd = cdm.kd * torch.from_numpy(groups.student_size).to(cdm.kd.device)  # [G]: KD_g counts |J_g| tokens
+
+        self.record("mapped_rate", cdm.mapped_rate.sum(), len(groups))
+        self.record("teacher_mass", cdm.teacher_mass.sum(), len(groups))
+        self.record_share("one_to_one", [one_to_one_tokens(*group) for group in aligned])
+        self.record_share(
+            "aligned", [aligned_tokens(r.teacher_ends, r.ends, *group) for r, group in zip(responses, aligned)]
+        )
+        return self.step_loss(inputs, ce, kd, num_items_in_batch)
+
+    def align(self, student: Tensor, teacher: Tensor, responses: list[Response]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`(teacher_group, student_group)` of each response."""
+        if self.alignment == "byte":
+            return [byte_groups(r.teacher_ends, r.ends) for r in responses]
+        teacher_lengths, student_lengths = [len(r.teacher_ends) for r in responses], [len(r.ends) for r in responses]
+        weights = torch.cat(
+            [entropy_weights(entropy(teacher), teacher_lengths), entropy_weights(entropy(student), student_lengths)]
+        ).cpu()  # one copy to the host for both sides
+        weights = [part.numpy() for part in weights.split(teacher_lengths + student_lengths)]
+        return [
+            dtw_groups(r.distance, r.teacher_index, r.student_index, teacher_weights, student_weights)
+            for r, teacher_weights, student_weights in zip(responses, weights, weights[len(responses) :])
+        ]
+
+    def record_share(self, name: str, flags: list[np.ndarray]) -> None:
+        self.record(name, sum(int(f.sum()) for f in flags), sum(map(len, flags)))
+
+
+def main() -> None:
+    student_args, distillation_args, cdm_args, data_args, training_args = parse_arguments(
+        [StudentArguments, DistillationArguments, CDMArguments, DataArguments, TrainingArguments], description=__doc__
+    )
+    start(training_args)
+    student = load_student(student_args)
+    teacher = load_teacher(distillation_args, student_args, training_args)
+    mapper = load_mapper(
+        cdm_args.teacher_to_student_id_mapping,
+        teacher.encoder.forms,
+        student.encoder.forms,
+        cdm_args.simi_threshold,
+    )
+    train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
+    trainer = CDMTrainer(
+        model=student.model,
+        teacher=teacher.model,
+        mapper=mapper,
+        topk=cdm_args.topk,
+        alignment=cdm_args.alignment,
+        kd_alpha=distillation_args.kd_alpha,
+        kd_temperature=distillation_args.kd_temperature,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=ResponseCollator(student.encoder, teacher.encoder, edit_distances=cdm_args.alignment == "dtw"),
+        processing_class=student.tokenizer,
+        n_student_tokens=student.n_tokens,
+        n_teacher_tokens=teacher.n_tokens,
+    )
+    run(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What the end-to-end tests share: small random models with real vocabularies, and running scripts as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling.examples import alpaca_prompt
+from tests.unit.tokenizer_zoo import load_real, real_dir
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = {"phi-3": 32_064, "qwen2": 151_936}  # the widths of the real models' heads, padding included
+
+
+def tiny_llama(folder: Path, tokenizer, columns: int, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+    """Saves a random Llama of `columns` logits with the given tokenizer. Wide initial weights: no uniform outputs."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=columns,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def real_llama(folder: Path, name: str, **options) -> Path:
+    return tiny_llama(folder / name, load_real(name), COLUMNS[name], **options)
+
+
+def dolly_file(path: Path, rows: range) -> Path:
+    """Real Dolly rows in the training form."""
+    with (real_dir() / "data/dolly/databricks-dolly-15k.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for i, line in enumerate(file) if i in rows]
+    data = [{"prefix": alpaca_prompt(r["instruction"], r["context"]), "text": r["response"]} for r in lines]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Without the variables of a launcher, and with one thread a process: two ranks must not fight over two cores."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
+
+
+def launcher(ranks: int = 1, deepspeed: bool = False, port: int = 29511) -> list[str]:
+    if deepspeed:
+        executable = str(Path(sys.executable).with_name("deepspeed"))
+        return [executable, "--num_gpus", str(ranks), "--master_port", str(port)]
+    if ranks > 1:
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    return [sys.executable]
+
+
+def flags(**arguments) -> list[str]:
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+
+
+def run_script(script: str, *arguments: str, launch: list[str] | None = None, fails: bool = False, **env: str):
+    """Runs `python script …` (or under a launcher) and returns the finished process; its output is shown on failure."""
+    command = [*(launch or [sys.executable]), str(ROOT / script), *arguments]
+    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
+    assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
+    return done
+
+
+def log_history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def steps(folder: Path) -> list[dict]:
+    """The logged training steps, in order."""
+    return [entry for entry in log_history(folder) if "loss" in entry]

@@ -1,0 +1,304 @@
+"""Rows, templates, tokenisation, cutting and batches, on small trained tokenizers and on the real ones."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling.examples import (
+    IGNORED,
+    Encoder,
+    ResponseCollator,
+    alpaca_prompt,
+    encode_pair,
+    prefix_and_text,
+    prepare_example,
+    read_rows,
+    token_distances,
+)
+from tests.reference.cdm_oracle import levenshtein
+from tests.unit.tokenizer_zoo import load_real, real_dir, zoo
+
+REAL = ("phi-3", "qwen2", "llama-3", "gemma-2", "opt", "gpt2", "llama-2", "smollm2")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return {name: Encoder(tokenizer) for name, tokenizer in zoo().items()}
+
+
+@pytest.fixture(scope="module")
+def real():
+    real_dir()
+    return {name: Encoder(load_real(name)) for name in REAL}
+
+
+# ------------------------------------------------------------------------------------------------ rows of a file
+
+
+def test_alpaca_template_word_for_word():
+    assert alpaca_prompt("Add.", "1 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    assert alpaca_prompt("Add.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prefix": "p", "text": "t", "category": 1}, ("p", "t")),
+        ({"instruction": "i", "output": "o"}, (alpaca_prompt("i"), "o")),
+        ({"instruction": "i", "input": None, "output": "o"}, (alpaca_prompt("i"), "o")),
+        ({"instruction": "i", "input": "x", "output": "o"}, (alpaca_prompt("i", "x"), "o")),
+        ({"prompt": "p", "completion": "c"}, ("p", "c")),
+        ({"prompt": "p", "output": "o"}, ("p", "o")),
+        ({"prompt": "p", "output": ["first", "second"]}, ("p", "first")),
+    ],
+)
+def test_every_layout_of_a_row(row, expected):
+    assert prefix_and_text(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prefix": "p"}, "prefix \\+ text"),
+        ({"prefix": "p", "text": 3}, "column 'text' holds int, not a string"),
+        ({"prefix": None, "text": "t"}, "column 'prefix' holds NoneType"),
+        (["p", "t"], "JSON list, not an object"),
+    ],
+)
+def test_a_bad_row_is_told(row, message):
+    with pytest.raises(ValueError, match=message):
+        prefix_and_text(row)
+
+
+def test_read_rows_of_an_array_and_of_lines(tmp_path):
+    rows = [{"prefix": "a", "text": "é\n"}, {"prefix": "b", "text": "2"}]
+    expected = [{"row": 1, **rows[0]}, {"row": 2, **rows[1]}]
+    (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert list(read_rows(tmp_path / "array.json")) == expected
+    (tmp_path / "lines.jsonl").write_text("\ufeff\n" + "\r\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [r["text"] for r in read_rows(tmp_path / "lines.jsonl")] == ["é\n", "2"]
+    assert [r["row"] for r in read_rows(tmp_path / "lines.jsonl")] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prefix": "a", "text": "b"}\n{"prefix": "a"\n', "lines.jsonl, line 2: not valid JSON"),
+        (b'{"prefix": "a", "text": "b"}\n{"prefix": "a"}\n', "lines.jsonl, row 2: it has the columns"),
+        (b'[{"prefix": "a", "text": "b"},\n]', "lines.jsonl, line 2: not valid JSON"),
+        (b'{"prefix": "\xff", "text": "b"}', "lines.jsonl, byte 12: not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_told_with_its_row(tmp_path, content, message):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(path))
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        list(read_rows(tmp_path / "none.json"))
+
+
+# ----------------------------------------------------------------------------------------------------- tokenising
+
+
+def pieces(encoder: Encoder, encoded) -> list[bytes]:
+    return [encoder.forms.forms[i] for i in encoded.input_ids[encoded.response_start :]]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_response_is_the_text_then_eos(real, name):
+    encoder = real[name]
+    encoded = encoder.encode("Q: say it\n", "I say “é😀”.\n\n  Then\ttab")
+    assert encoded.input_ids[-1] == encoder.eos_id
+    assert b"".join(pieces(encoder, encoded)[:-1]) == "I say “é😀”.\n\n  Then\ttab".encode()
+    assert encoded.ends[-1] == len("I say “é😀”.\n\n  Then\ttab".encode()) + 1
+    # Every token ends where its bytes say.
+    lengths = [len(piece) for piece in pieces(encoder, encoded)[:-1]]
+    assert encoded.ends[:-1].tolist() == np.cumsum(lengths).tolist()
+
+
+def test_hand_computed_ends(real):
+    # qwen2 reads "é" (2 bytes) as one token and the rare "𒀀" (4 bytes) as several; both sides meet after each.
+    for name in ("qwen2", "phi-3"):
+        ends = real[name].encode("x:\n", "é𒀀.").ends.tolist()
+        assert ends[-1] == 8 and {2, 6, 7} <= set(ends), (name, ends)
+        assert ends == sorted(ends)
+
+
+def test_what_the_tokenizer_puts_in_front_is_kept_once(real):
+    assert real["phi-3"].encode("a", "b").input_ids[0] == real["phi-3"].tokenizer.bos_token_id
+    assert real["opt"].encode("a", "b").input_ids.tolist().count(2) == 2  # </s> in front, </s> as EOS behind
+    assert real["qwen2"].encode("a", " b").input_ids.tolist() == [64, 293, real["qwen2"].eos_id]
+
+
+def test_a_token_astride_the_border_belongs_to_the_response(real):
+    # Qwen2 reads "hello" as one token, so with the prefix "hel" nothing of the prompt is left in front.
+    encoded = real["qwen2"].encode("say hel", "lo you")
+    tokens = real["qwen2"].tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.response_start :])
+    assert tokens[0] == "Ġhello" and encoded.ends.tolist() == [2, 6, 7]
+
+
+def test_the_first_token_of_all_cannot_be_predicted(real):
+    encoded = real["qwen2"].encode("", "hello you")
+    assert encoded.response_start == 1 and encoded.ends.tolist() == [9, 10]
+    encoded = real["phi-3"].encode("", "hello you")  # BOS stands in front of it
+    assert encoded.response_start == 1 and encoded.ends.tolist() == [5, 9, 10]
+
+
+def test_trailing_whitespace_in_a_token_counts(real):
+    # Llama-3 has the token ".\n\n", whose reported offsets leave the newlines out.
+    encoded = real["llama-3"].encode("Say:\n", "One.\n\nTwo.")
+    assert encoded.ends.tolist() == [3, 6, 9, 10, 11]
+
+
+def test_a_normaliser_that_changes_the_text(small, real):
+    # Qwen2 composes "e" + U+0301 (3 bytes) into "é" (2 bytes); ends count the bytes of the text that was given.
+    encoded = real["qwen2"].encode("x:\n", "cafe\u0301 au lait")
+    assert encoded.ends[-1] == len("cafe\u0301 au lait".encode()) + 1
+    assert {6, 9, 14} <= set(encoded.ends.tolist())
+    # The small WordPiece lower-cases and drops white space.
+    encoded = small["wordpiece"].encode("Say:\n", "The  Cat")
+    assert encoded.ends[-1] == 9 and 3 in encoded.ends and encoded.ends[-2] == 8
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_ends_are_in_order_and_complete_on_any_text(small, data):
+    encoder = small[data.draw(st.sampled_from(sorted(small)))]
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+    prefix, response = data.draw(text), data.draw(text)
+    encoded = encoder.encode(prefix, response)
+    assert len(encoded.ends) == len(encoded.input_ids) - encoded.response_start
+    assert (np.diff(encoded.ends) >= 0).all() and (encoded.ends > 0).all()
+    assert encoded.input_ids[-1] == encoder.eos_id and encoded.ends[-1] == len(response.encode()) + 1
+
+
+def brute_force_cut(encoders, prefix, text, block_size):
+    for cut in range(len(text), 0, -1):
+        encoded = [e.encode(prefix, text[:cut], eos=False) for e in encoders]
+        if all(len(e.input_ids) <= block_size for e in encoded):
+            return text[:cut], encoded
+    return None, None
+
+
+@pytest.mark.parametrize("pair", [("qwen2", "phi-3"), ("opt", "llama-3"), ("gemma-2", "llama-2")])
+def test_a_long_example_is_cut_to_the_longest_beginning_that_fits(real, pair):
+    encoders = [real[name] for name in pair]
+    rows = [json.loads(line) for line in (real_dir() / "data/dolly/databricks-dolly-15k.jsonl").open()][:400]
+    checked = 0
+    for row in rows:
+        prefix, text = alpaca_prompt(row["instruction"]), row["response"] + " 日本語 😀 naïve"
+        encoded = encode_pair(encoders, prefix, text, 64)
+        whole = [e.encode(prefix, text) for e in encoders]
+        if all(len(e.input_ids) <= 64 for e in whole):
+            assert all((a.input_ids == b.input_ids).all() for a, b in zip(encoded, whole))
+        elif len(text) < 400 and checked < 12:
+            cut, expected = brute_force_cut(encoders, prefix, text, 64)
+            if expected is None or any(len(e.input_ids) <= e.response_start for e in expected):
+                assert encoded is None
+                continue
+            checked += 1
+            for side, want, encoder in zip(encoded, expected, encoders):
+                assert side.input_ids.tolist() == want.input_ids.tolist()
+                assert side.input_ids[-1] != encoder.eos_id
+                assert side.ends[-1] == len(cut.encode())
+    assert checked >= 8
+
+
+def test_a_prompt_that_fills_the_block_leaves_the_example_out(real):
+    encoders = [real["qwen2"], real["phi-3"]]
+    assert encode_pair(encoders, "word " * 40, "answer", 16) is None
+    assert encode_pair(encoders, "word ", "", 16) is None
+    row = prepare_example({"row": 7, "prefix": "word " * 40, "text": "answer"}, encoders, 16)
+    assert row["row"] == 7 and len(row["ends"]) == 0 and len(row["teacher_ends"]) == 0
+
+
+def test_only_the_eos_does_not_fit(real):
+    encoders = [real["qwen2"]]
+    n = len(encoders[0].encode("ab ", "cd ef").input_ids)
+    (encoded,) = encode_pair(encoders, "ab ", "cd ef", n - 1)
+    assert encoded.ends[-1] == 5 and encoded.input_ids[-1] != encoders[0].eos_id
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def collated(encoders, texts, **options):
+    rows = [prepare_example({"row": i, "prefix": p, "text": t}, encoders, 64) for i, (p, t) in enumerate(texts, 1)]
+    return rows, ResponseCollator(*encoders, **options)(rows)
+
+
+def test_batch_contract(real):
+    encoders = [real["qwen2"], real["phi-3"]]
+    texts = [("Q: one\nA: ", "yes"), ("Q: another one\nA: ", "no, it is not 😀")]
+    rows, batch = collated(encoders, texts, edit_distances=True)
+    for side, encoder in zip(("", "teacher_"), encoders):
+        ids, labels = batch[f"{side}input_ids"], batch[f"{side}labels"]
+        lengths = batch[f"{side}attention_mask"].sum(1)
+        for b, row in enumerate(rows):
+            n, start = len(row[f"{side}input_ids"]), row[f"{side}response_start"]
+            assert lengths[b] == n and ids[b, :n].tolist() == row[f"{side}input_ids"].tolist()
+            assert (ids[b, n:] == encoder.pad_id).all()
+            assert (labels[b, :start] == IGNORED).all() and (labels[b, n:] == IGNORED).all()
+            assert labels[b, start:n].tolist() == ids[b, start:n].tolist()
+        # The causal shift: the row of logits one place before each response token predicts it.
+        predicted = labels.flatten()[batch[f"{side}positions"] + 1]
+        assert predicted.tolist() == [i for row in rows for i in row[f"{side}input_ids"][row[f"{side}response_start"] :]]
+        assert (batch[f"{side}positions"] // ids.shape[1]).tolist() == batch[f"{side}example"].tolist()
+    assert [r.row for r in batch["responses"]] == [1, 2]
+    assert [r.n_bytes for r in batch["responses"]] == [3, len("no, it is not 😀".encode())]
+
+
+def test_padding_with_eos_is_masked_and_eos_itself_is_learnt(real):
+    gpt2 = real["gpt2"]  # has no pad token
+    assert gpt2.pad_id == gpt2.eos_id
+    _, batch = collated([gpt2], [("a b c ", "d"), ("a ", "d")])
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]] or batch["attention_mask"][1].sum() < 6
+    row = batch["labels"][1]
+    assert (row == gpt2.eos_id).sum() == 1 and batch["attention_mask"][1, row == gpt2.eos_id].all()
+
+
+def test_an_example_without_response_adds_nothing(real):
+    encoders = [real["qwen2"], real["phi-3"]]
+    rows, _ = collated(encoders, [("p ", "t")])
+    blank = {k: [] if k.endswith("ends") else v for k, v in rows[0].items()}
+    batch = ResponseCollator(*encoders, edit_distances=True)([blank])
+    assert (batch["labels"] == IGNORED).all() and batch["positions"].numel() == 0
+    assert batch["responses"][0].n_bytes == 0 and batch["responses"][0].distance.shape == (0, 0)
+    assert batch["positions"].dtype == torch.int64
+
+
+def test_edit_distance_table_against_plain_python(real):
+    encoders = [real["qwen2"], real["phi-3"]]
+    rows, batch = collated(encoders, [("Q\n", "the naïve 😀 is  here, the end")], edit_distances=True)
+    response, student, teacher = batch["responses"][0], *encoders
+    student_ids = rows[0]["input_ids"][rows[0]["response_start"] :]
+    teacher_ids = rows[0]["teacher_input_ids"][rows[0]["teacher_response_start"] :]
+    table = response.distance[np.ix_(response.teacher_index, response.student_index)]
+    for i, t in enumerate(teacher_ids):
+        for j, s in enumerate(student_ids):
+            both_eos = t == teacher.eos_id and s == student.eos_id
+            expected = 0 if both_eos else levenshtein(teacher.forms.spaceless[t], student.forms.spaceless[s])
+            assert table[i, j] == expected
+    assert token_distances(teacher, teacher_ids[:0], student, student_ids).shape == (0, len(student_ids))
+
+
+def test_a_tokenizer_without_eos_is_refused(small):
+    tokenizer = zoo()["bytelevel"]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="declares no EOS token"):
+        Encoder(tokenizer)
