@@ -199,14 +199,18 @@ class Encoder:
 
         byte_at = np.zeros(len(whole) + 1, dtype=np.int64)
         np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in whole], out=byte_at[1:])
-        starts, stops = offsets[:, 0], offsets[:, 1]
+        starts, stops = offsets[:, 0], offsets[:, 1].copy()
+        # Between two tokens may lie characters that the normaliser dropped or merged: a combining mark belongs to the
+        # token in front of it, white space to the one behind it, as elsewhere.
+        following = np.append(starts[1:], len(whole))
+        for i in np.flatnonzero(following > stops):
+            stops[i] += len(whole[stops[i] : following[i]].rstrip())
         # A token that stops inside a character (the next one starts before its end) is placed by its own bytes,
         # counted from the last token that stopped between two characters.
-        between = np.append(starts[1:] >= stops[:-1], True)
+        between = following >= stops
         anchor = np.maximum.accumulate(np.where(between, np.arange(len(ids)), -1))
         before = np.concatenate([[-1], anchor[:-1]])  # the last anchored token before each one
-        base = byte_at[np.where(before >= 0, stops[before], starts[0])]
-        inside = base + ends - np.where(before >= 0, ends[before], 0)
+        inside = np.where(before >= 0, byte_at[stops[before]] - ends[before], byte_at[starts[0]]) + ends
         placed = np.where(between, byte_at[stops], np.minimum(inside, byte_at[stops]))
         return np.maximum.accumulate(placed)
 

@@ -20,20 +20,28 @@ from modeling.examples import (
     token_distances,
 )
 from tests.reference.cdm_oracle import levenshtein
-from tests.unit.tokenizer_zoo import load_real, real_dir, zoo
+from tests.unit.tokenizer_zoo import (
+    REAL_TOKENIZERS,
+    byte_level_bpe,
+    load_real,
+    real_dir,
+    sentencepiece_bpe,
+    unigram,
+    wordpiece,
+)
 
-REAL = ("phi-3", "qwen2", "llama-3", "gemma-2", "opt", "gpt2", "llama-2", "smollm2")
+ZOO = {"byte-level": byte_level_bpe, "sentencepiece": sentencepiece_bpe, "unigram": unigram, "wordpiece": wordpiece}
 
 
 @pytest.fixture(scope="module")
 def small():
-    return {name: Encoder(tokenizer) for name, tokenizer in zoo().items()}
+    return {name: Encoder(train()) for name, train in ZOO.items()}
 
 
 @pytest.fixture(scope="module")
 def real():
     real_dir()
-    return {name: Encoder(load_real(name)) for name in REAL}
+    return {name: Encoder(load_real(name)) for name in REAL_TOKENIZERS}
 
 
 # ------------------------------------------------------------------------------------------------ rows of a file
@@ -119,7 +127,7 @@ def pieces(encoder: Encoder, encoded) -> list[bytes]:
     return [encoder.forms.forms[i] for i in encoded.input_ids[encoded.response_start :]]
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL_TOKENIZERS)
 def test_the_response_is_the_text_then_eos(real, name):
     encoder = real[name]
     encoded = encoder.encode("Q: say it\n", "I say “é😀”.\n\n  Then\ttab")
@@ -184,7 +192,9 @@ def test_ends_are_in_order_and_complete_on_any_text(small, data):
     encoded = encoder.encode(prefix, response)
     assert len(encoded.ends) == len(encoded.input_ids) - encoded.response_start
     assert (np.diff(encoded.ends) >= 0).all() and (encoded.ends > 0).all()
-    assert encoded.input_ids[-1] == encoder.eos_id and encoded.ends[-1] == len(response.encode()) + 1
+    assert encoded.input_ids[-1] == encoder.eos_id
+    if len(encoded.input_ids) > 1:  # EOS alone has nothing in front that predicts it
+        assert encoded.ends[-1] == len(response.encode()) + 1
 
 
 def brute_force_cut(encoders, prefix, text, block_size):
@@ -257,7 +267,7 @@ def test_batch_contract(real):
             assert labels[b, start:n].tolist() == ids[b, start:n].tolist()
         # The causal shift: the row of logits one place before each response token predicts it.
         predicted = labels.flatten()[batch[f"{side}positions"] + 1]
-        assert predicted.tolist() == [i for row in rows for i in row[f"{side}input_ids"][row[f"{side}response_start"] :]]
+        assert predicted.tolist() == [i for r in rows for i in r[f"{side}input_ids"][r[f"{side}response_start"] :]]
         assert (batch[f"{side}positions"] // ids.shape[1]).tolist() == batch[f"{side}example"].tolist()
     assert [r.row for r in batch["responses"]] == [1, 2]
     assert [r.n_bytes for r in batch["responses"]] == [3, len("no, it is not 😀".encode())]
@@ -266,10 +276,10 @@ def test_batch_contract(real):
 def test_padding_with_eos_is_masked_and_eos_itself_is_learnt(real):
     gpt2 = real["gpt2"]  # has no pad token
     assert gpt2.pad_id == gpt2.eos_id
-    _, batch = collated([gpt2], [("a b c ", "d"), ("a ", "d")])
-    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]] or batch["attention_mask"][1].sum() < 6
-    row = batch["labels"][1]
-    assert (row == gpt2.eos_id).sum() == 1 and batch["attention_mask"][1, row == gpt2.eos_id].all()
+    _, batch = collated([gpt2], [("a b c", " d"), ("a", " d")])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch["input_ids"][1, 2:].tolist() == [gpt2.eos_id] * 3
+    assert batch["labels"][1, 2:].tolist() == [gpt2.eos_id, IGNORED, IGNORED]
 
 
 def test_an_example_without_response_adds_nothing(real):
@@ -297,8 +307,8 @@ def test_edit_distance_table_against_plain_python(real):
     assert token_distances(teacher, teacher_ids[:0], student, student_ids).shape == (0, len(student_ids))
 
 
-def test_a_tokenizer_without_eos_is_refused(small):
-    tokenizer = zoo()["bytelevel"]
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = byte_level_bpe()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="declares no EOS token"):
         Encoder(tokenizer)
