@@ -1,0 +1,95 @@
+"""What the three builder scripts share: their flags, loading the tokenizers, writing the mapper."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The flags of a builder script. Needs no heavy import, so that --help answers at once."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", required=True, help="the teacher's tokenizer: a folder or a hub name")
+    parser.add_argument("--student", required=True, help="the student's tokenizer: a folder or a hub name")
+    parser.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
+    parser.add_argument(
+        "--simi_threshold",
+        "--simi_threadshold",
+        type=_share,
+        default=0.3,
+        help="tokens without an exact match are stored as similar below this normalised edit distance, "
+        "between 0 and 1 (default: 0.3). Training can use a smaller value with the same file, but no larger",
+    )
+    parser.add_argument(
+        "--export_json",
+        type=Path,
+        help='also write {"teacher id": student id}, 0 = unmapped, the layout of the published scripts',
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        type=_true_or_false,
+        nargs="?",
+        const=True,
+        default=False,
+        help="run the tokenizer code that a hub repository brings along: true or false (default: false)",
+    )
+    arguments = parser.parse_args()
+    if arguments.output.suffix.lower() == ".json":
+        parser.error("--output is a .safetensors file; use --export_json FILE for the JSON layout")
+    for flag in ("teacher", "student"):
+        name = getattr(arguments, flag)
+        folder = Path(name).expanduser()
+        # A hub name is `name` or `owner/name`; anything else can only be meant as a folder.
+        looks_like_a_folder = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
+        if looks_like_a_folder and not folder.is_dir():
+            parser.error(f"--{flag}: there is no folder {folder}")
+    return arguments
+
+
+def build_and_save(build: Callable, arguments: argparse.Namespace) -> None:
+    """Build a mapper with `build(teacher_forms, student_forms, threshold)`, write it and print its report."""
+    from get_vocab_mapper.token_forms import token_forms
+
+    for path in filter(None, (arguments.output, arguments.export_json)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    forms = []
+    for flag in ("teacher", "student"):
+        tokenizer = _load_tokenizer(flag, getattr(arguments, flag), arguments.trust_remote_code)
+        try:
+            forms.append(token_forms(tokenizer))
+        except ValueError as error:
+            sys.exit(f"--{flag}: {error}")
+    mapper = build(*forms, threshold=arguments.simi_threshold)
+    mapper.save(arguments.output)
+    print(mapper.report(*forms))
+    print(f"written: {arguments.output}")
+    if arguments.export_json:
+        mapper.export_json(arguments.export_json)
+        print(f"written: {arguments.export_json}")
+
+
+def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"--{flag}: no tokenizer could be loaded from {name!r}: {error}")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, and is {text}")
+    return value
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, and is {text!r}")
+    return text.lower() == "true"

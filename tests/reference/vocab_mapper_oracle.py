@@ -1,0 +1,122 @@
+"""Vocabulary mappers computed the slow way: every token against every other, with no cleverness at all.
+
+Written from the definitions, not from the code under test: it shares nothing with get_vocab_mapper but the
+`TokenForms` that both take.
+"""
+
+ROLES = ("eos", "bos", "pad", "unk")
+
+
+def levenshtein(a: str, b: str) -> int:
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        current = [i]
+        for j, y in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def common_prefix(a: str, b: str) -> int:
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return length
+
+
+def read(form: bytes) -> str:
+    try:
+        return form.decode("utf-8")
+    except UnicodeDecodeError:
+        return form.decode("latin-1")
+
+
+def role_pairs(teacher, student) -> list[tuple[int, int]]:
+    pairs = []
+    for role in ROLES:
+        if role in teacher.roles and role in student.roles:
+            v, u = teacher.roles[role], student.roles[role]
+            if all(v != taken_v and u != taken_u for taken_v, taken_u in pairs):
+                pairs.append((v, u))
+    return pairs
+
+
+def exact(side, other, pairs: list[tuple[int, int]]) -> list[int]:
+    """For each token of `side` its exact match or -1; `pairs` are the role matches as (side, other)."""
+    result = []
+    for v in range(len(side.forms)):
+        by_role = [u for w, u in pairs if w == v]
+        by_text = [
+            u
+            for u in range(len(other.forms))
+            if side.forms[v] == other.forms[u]
+            and side.forms[v] != b""
+            and side.is_special[v] == other.is_special[u]
+            and u not in [taken for _, taken in pairs]
+        ]
+        result.append(by_role[0] if by_role else min(by_text, default=-1))
+    return result
+
+
+def mined_choice(text: str, candidates: list[tuple[int, str]], distance=levenshtein) -> tuple[int, int]:
+    """(id, distance) of the nearest candidate, with all tie rules."""
+    measured = []
+    for u, candidate in candidates:
+        lev = distance(text, candidate)
+        measured.append((lev, abs(len(text) - len(candidate)), -common_prefix(text, candidate), u))
+    lev, _, _, u = min(measured)
+    return u, lev
+
+
+def static_map(kind: str, teacher, student) -> tuple[list[int], list[int]]:
+    """teacher_to_student and student_to_teacher of a mapper of this kind."""
+    pairs = role_pairs(teacher, student)
+    forward = exact(teacher, student, pairs)
+    backward = exact(student, teacher, [(u, v) for v, u in pairs])
+    if kind == "em":
+        return forward, backward
+
+    candidates = [u for u in range(len(student.forms)) if not student.is_special[u]]
+    preference = {}  # inexact teacher token -> the smaller, the rather it is its student token's inverse
+    for v in range(len(teacher.forms)):
+        if forward[v] != -1 or teacher.is_special[v]:
+            continue
+        if kind == "mined" and candidates:
+            text = read(teacher.forms[v])
+            forward[v], lev = mined_choice(text, [(u, read(student.forms[u])) for u in candidates])
+            preference[v] = lev
+        if kind == "prefixem":
+            form = teacher.forms[v]
+            prefixes = [
+                (-len(student.forms[u]), u)
+                for u in candidates
+                if student.forms[u] and form.startswith(student.forms[u]) and form != student.forms[u]
+            ]
+            if prefixes:
+                negative_length, forward[v] = min(prefixes)
+                preference[v] = negative_length
+    for u in range(len(student.forms)):
+        if backward[u] == -1:
+            rivals = [(preference[v], v) for v in preference if forward[v] == u]
+            backward[u] = min(rivals)[1] if rivals else -1
+    return forward, backward
+
+
+def similar(teacher, student, threshold: float, distance=levenshtein) -> dict[tuple[int, int], float]:
+    """Normalised distance of every pair of similar tokens, by (teacher id, student id)."""
+    pairs = role_pairs(teacher, student)
+    forward = exact(teacher, student, pairs)
+    backward = exact(student, teacher, [(u, v) for v, u in pairs])
+    found = {}
+    for v in range(len(teacher.forms)):
+        if forward[v] != -1 or teacher.is_special[v]:
+            continue
+        a = read(teacher.forms[v]).replace(" ", "")
+        for u in range(len(student.forms)):
+            if backward[u] != -1 or student.is_special[u]:
+                continue
+            b = read(student.forms[u]).replace(" ", "")
+            d = distance(a, b) / (len(a) + len(b)) if a or b else 0.0
+            if d < threshold:
+                found[v, u] = d
+    return found
