@@ -1,8 +1,8 @@
 """Contextual dynamic mapping: which teacher token stands for which student token, in each aligned group.
 
-CDM, arXiv 2502.11104, steps 4 and 5. Of each group's mean logits only the k largest entries of either side are
-ever used, so no group × vocabulary matrix is built: means are formed a few groups at a time, and the loss reads
-2k columns of each token.
+CDM, arXiv 2502.11104, steps 4 and 5. Of each group's mean logits only the k largest entries of either side
+and their matches are ever used, so no group × vocabulary matrix is built: means are formed a few groups at a
+time, and the loss reads 2k columns of each token.
 
 `contextual_kl` is the whole computation; the other functions are its parts, in order.
 """
@@ -65,11 +65,12 @@ def contextual_kl(
 
     For each group g, with mean logits z^T and z^S, and k = min(topk, V_T, V_S):
 
-        P_→ = {(v, match of v) : v in the teacher's top k},   P_← = {(match of u, u) : u in the student's top k}
+        P_→ = {(v, match of v) : v in the teacher's top k}
+        P_← = {(match of u, u) : u in the student's top k}
         KD_g = τ²/2 · ( KL(q^T_→ ‖ q^S_→) + KL(q^T_← ‖ q^S_←) )
 
-    where q_d is the softmax of z / τ over the pairs of P_d. The gradient flows through the student logits that
-    the two KL terms read, and through nothing else.
+    where q_d is the softmax of z / τ over the pairs of P_d. A direction without pairs adds 0. The gradient
+    flows through the student logits that the two KL terms read, and through nothing else.
 
     Args:
         student_logits: `[R_S, V_S]`, those that predict the response tokens; any dtype and row stride.
@@ -83,13 +84,15 @@ def contextual_kl(
         ValueError: a map's length is not its side's vocabulary, or the groups do not cover the logits.
     """
     _check_inputs(student_logits, teacher_logits, groups, teacher_to_student, student_to_teacher)
+    if not len(groups):
+        return ContextualKL(*as_float(student_logits).new_zeros((3, 0)))
     device = student_logits.device
     k = min(topk, student_logits.shape[1], teacher_logits.shape[1])
 
     teacher_top = group_topk(teacher_logits, groups.teacher_size, k, with_logsumexp=True)
     student_top = group_topk(student_logits, groups.student_size, k)
 
-    # The step's only wait for the device: both sides' candidates in one copy.
+    # The only wait for the device: both sides' candidates in one copy.
     teacher_ids, student_ids = torch.stack([teacher_top.ids, student_top.ids]).cpu().numpy()
     matches = np.stack(
         [
@@ -126,13 +129,15 @@ def _check_inputs(student_logits, teacher_logits, groups, teacher_to_student, st
         n_rows, vocabulary = logits.shape
         if len(own_map.static) != vocabulary:
             raise ValueError(
-                f"the mapper knows {len(own_map.static)} {side} tokens, but the {side} logits have {vocabulary} "
-                "columns: cut them to the tokenizer's length"
+                f"the mapper knows {len(own_map.static)} {side} tokens, but the {side} logits have "
+                f"{vocabulary} columns: cut them to the tokenizer's length"
             )
         if other_map.static.max() >= vocabulary:
             raise ValueError(f"the mapper maps to {side} ids beyond the {vocabulary} columns of its logits")
         if size.sum() != n_rows:
-            raise ValueError(f"the groups cover {size.sum()} {side} tokens, but there are {n_rows} rows of logits")
+            raise ValueError(
+                f"the groups cover {size.sum()} {side} tokens, but there are {n_rows} rows of logits"
+            )
 
 
 class GroupTopK(NamedTuple):
@@ -171,7 +176,7 @@ def group_topk(logits: Tensor, sizes: np.ndarray, k: int, with_logsumexp: bool =
 
 
 def _mean_rows(logits: Tensor, sizes: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some groups and their mean logits, `[those groups, V]`, in turn; a view where no mean is needed."""
+    """Yield a few groups and their mean logits, `[groups, V]`, at a time; a view where no mean is needed."""
     chunk = chunk_rows(len(logits))
     ends = np.cumsum(sizes)
     firsts = ends - sizes
@@ -197,7 +202,7 @@ def _mean_rows(logits: Tensor, sizes: np.ndarray) -> Iterator[tuple[slice, Tenso
 
 
 def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, equal values by ascending id, also where they straddle the k-th place.
+    """The k largest entries of each row, equal values by ascending id, also around the k-th place.
 
     `torch.topk` leaves open which of equal values it takes, and bfloat16 logits are full of equal values.
     """
@@ -242,8 +247,8 @@ def match_pairs(
     """
     if top_ids.max() >= len(direction.static) or other_top_ids.max() >= n_other_vocabulary:
         raise ValueError(
-            f"candidates must be below {len(direction.static)} (this side) and {n_other_vocabulary} (the other), "
-            f"got {top_ids.max()} and {other_top_ids.max()}"
+            f"candidates must be below {len(direction.static)} (this side) and {n_other_vocabulary} (other "
+            f"side), got {top_ids.max()} and {other_top_ids.max()}"
         )
     return _match(top_ids, other_top_ids, *direction, n_other_vocabulary)
 
@@ -289,7 +294,7 @@ def gather_group_logits(logits: Tensor, group: Tensor, sizes: Tensor, columns: T
     Returns:
         float32 `[G, c]`, differentiable with respect to `logits`.
     """
-    # In chunks, since the backward pass of a half-precision gather may take a full float32 copy of the logits.
+    # In chunks: the backward pass of a half-precision gather may take a float32 copy of all it is given.
     token_logits = in_row_chunks(
         lambda rows, row_columns: as_float(rows.gather(1, row_columns)), logits, columns.clamp(min=0)[group]
     )

@@ -49,8 +49,8 @@ class _InRowChunks(torch.autograd.Function):
     def forward(ctx, row_function, chunk, *tensors):
         ctx.row_function, ctx.chunk = row_function, chunk
         ctx.save_for_backward(*tensors)
-        # Results are written into one tensor: small ones kept between chunks would fragment the heap, and keep
-        # the memory of every chunk.
+        # Results are written into one tensor: small ones kept between the chunks would fragment the heap,
+        # which then grows by every chunk.
         result = None
         for start in range(0, max(len(tensors[0]), 1), chunk):
             rows = row_function(*(tensor[start : start + chunk] for tensor in tensors))
@@ -111,7 +111,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     """
     if p_logits.shape != q_logits.shape:
         raise ValueError(
-            f"kl_divergence needs logits of one shape, got {tuple(p_logits.shape)} and {tuple(q_logits.shape)}"
+            "kl_divergence needs logits of one shape, "
+            f"got {tuple(p_logits.shape)} and {tuple(q_logits.shape)}"
         )
 
     def row_kl(p_rows: Tensor, q_rows: Tensor) -> Tensor:
@@ -122,7 +123,9 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     return in_row_chunks(row_kl, p_logits, q_logits)
 
 
-def restricted_kl(teacher_logits: Tensor, student_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def restricted_kl(
+    teacher_logits: Tensor, student_logits: Tensor, mask: Tensor, temperature: float = 1.0
+) -> Tensor:
     """τ² · KL(q^T ‖ q^S) over the columns that the mask keeps, on which both sides are renormalised.
 
     Column c of the teacher and column c of the student are one category, whatever tokens they stand for

@@ -39,5 +39,5 @@ def dolly(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dolly")
     return SimpleNamespace(
         train=dolly_file(folder / "train.json", range(200)),
-        validation=dolly_file(folder / "validation.json", range(200, 217)),
+        validation=dolly_file(folder / "validation.json", range(200, 217), shorter_than=300),
     )

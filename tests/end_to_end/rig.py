@@ -43,12 +43,13 @@ def real_llama(folder: Path, name: str, **options) -> Path:
     return tiny_llama(folder / name, load_real(name), COLUMNS[name], **options)
 
 
-def dolly_file(path: Path, rows: range) -> Path:
-    """Real Dolly rows in the training form."""
+def dolly_file(path: Path, rows: range, shorter_than: int = 10**9) -> Path:
+    """Real Dolly rows in the training form: of those with fewer characters than that, the given ones."""
     with (real_dir() / "data/dolly/databricks-dolly-15k.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for i, line in enumerate(file) if i in rows]
-    data = [{"prefix": alpaca_prompt(r["instruction"], r["context"]), "text": r["response"]} for r in lines]
-    path.write_text(json.dumps(data), encoding="utf-8")
+        lines = map(json.loads, file)
+        data = [{"prefix": alpaca_prompt(r["instruction"], r["context"]), "text": r["response"]} for r in lines]
+    data = [row for row in data if len(row["prefix"] + row["text"]) < shorter_than]
+    path.write_text(json.dumps([data[i] for i in rows]), encoding="utf-8")
     return path
 
 

@@ -1,4 +1,4 @@
-"""CDM (arXiv 2502.11104), step by step, for one example: slow, in float64, and sharing no code with the project.
+"""CDM (arXiv 2502.11104), step by step, for one example: slow, in float64, sharing no code with the project.
 
 Tokens are strings, sets are Python sets and dictionaries, and nothing is done twice as fast as it reads.
 """
@@ -31,7 +31,7 @@ class Side:
 
 @dataclass
 class Result:
-    """Of one example: the sums and statistics, and the gradient of `kd_sum` with respect to the student logits."""
+    """Of one example: sums, statistics, and the gradient of `kd_sum` with respect to the student logits."""
 
     kd: list[float]  # per group
     kd_sum: float  # Σ_g |J_g| · KD_g
@@ -139,7 +139,9 @@ def align(teacher: Side, student: Side) -> list[tuple[list[int], list[int]]]:
         cost.append([])
         for j, s in enumerate(student.tokens):
             both_eos = i == len(teacher.tokens) - 1 and j == len(student.tokens) - 1
-            distance = levenshtein(without_spaces(teacher.vocabulary[t]), without_spaces(student.vocabulary[s]))
+            distance = levenshtein(
+                without_spaces(teacher.vocabulary[t]), without_spaces(student.vocabulary[s])
+            )
             cost[-1].append(0 if both_eos else distance * teacher_weights[i] * student_weights[j])
     return cut_at_diagonals(dtw_path(cost))
 

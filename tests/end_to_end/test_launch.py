@@ -1,0 +1,217 @@
+"""script_train/launch.sh: which device, how many processes, which launcher and which flags.
+
+A machine with accelerators is played by a stub that torch loads as it loads torch-npu: through the entry point group
+`torch.backends`, whenever it is imported.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "modeling/run_clm_sft.py")
+READ_BY_LAUNCH = (
+    *("DEVICE", "DEVICE_COUNT", "NPROC", "HOSTFILE", "MASTER_PORT", "ZERO", "PRECISION", "DRY_RUN", "PYTHON"),
+    *(
+        "CUDA_VISIBLE_DEVICES",
+        "ASCEND_RT_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    ),
+)
+STUBS = {
+    "torch_npu": """
+        import types, torch
+        torch.utils.rename_privateuse1_backend("npu")
+        module = types.ModuleType("torch.npu")
+        module.is_available, module.device_count = lambda: True, lambda: 4
+        torch._register_device_module("npu", module)
+    """,
+    "cuda_stub": """
+        import torch
+        torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")
+        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 3
+    """,
+    "npu_without_toolkit": """
+        raise ImportError("libhccl.so: cannot open shared object file")
+    """,
+}
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Installs one of STUBS in a folder, to be put on PYTHONPATH."""
+
+    def install(name: str) -> str:
+        site = tmp_path / "site packages"
+        metadata = site / f"{name}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {name}:load\n")
+        lines = [line[8:] for line in STUBS[name].splitlines()]
+        (site / f"{name}.py").write_text("\n".join([*lines, "def load(): pass", ""]))
+        return str(site)
+
+    return install
+
+
+def run_bash(command: str, cwd: Path | str = "/", **env: str) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if key not in READ_BY_LAUNCH}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=cwd,
+        env={**clean, "PYTHON": sys.executable, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def command_of(*arguments: str, cwd: Path | str = "/", root: Path = ROOT, **env: str) -> list[str]:
+    """What `launch modeling/run_clm_sft.py ARGUMENTS…` would run, word by word."""
+    line = shlex.join(["launch", "modeling/run_clm_sft.py", *arguments])
+    done = run_bash(f"source {shlex.quote(str(root / 'script_train/launch.sh'))}; {line}", cwd, DRY_RUN="1", **env)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def error_of(**env: str) -> str:
+    done = run_bash(f"source '{ROOT}/script_train/launch.sh'; launch modeling/run_clm_sft.py", DRY_RUN="1", **env)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    return done.stderr
+
+
+def deepspeed(*launcher: str, flags: tuple[str, ...], zero: str = "deepspeed_config.json") -> list[str]:
+    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", "29500", *launcher]
+    return [*start, SCRIPT, *flags, "--deepspeed", str(ROOT / "config" / zero)]
+
+
+def test_without_accelerator_it_is_plain_python_on_the_cpu():
+    assert command_of("--seed", "1", TORCH_DEVICE_BACKEND_AUTOLOAD="0", CUDA_VISIBLE_DEVICES="") == [
+        *(sys.executable, SCRIPT, "--use_cpu", "true", "--seed", "1"),
+    ]
+
+
+def test_an_npu_is_found(stub):
+    assert command_of(PYTHONPATH=stub("torch_npu")) == deepspeed("--num_gpus", "4", flags=("--bf16", "true"))
+
+
+def test_cuda_is_found(stub):
+    assert command_of(PYTHONPATH=stub("cuda_stub")) == deepspeed("--num_gpus", "3", flags=("--bf16", "true"))
+
+
+def test_a_torch_npu_without_its_toolkit_is_named(stub):
+    message = error_of(PYTHONPATH=stub("npu_without_toolkit"))
+    assert "libhccl.so" in message
+    assert "set_env.sh" in message
+
+
+def test_a_given_device_that_torch_does_not_see(stub):
+    site = stub("torch_npu")
+    assert "torch sees: npu" in error_of(DEVICE="cuda", PYTHONPATH=site)
+    # On another machine than the one that trains, with NPROC given, nothing is asked.
+    assert command_of(DEVICE="cuda", NPROC="8", ZERO="3") == deepspeed(
+        *("--num_gpus", "8"), flags=("--bf16", "true"), zero="deepspeed_zero3_config.json"
+    )
+    assert command_of(DEVICE="cpu", PYTHONPATH=site) == [sys.executable, SCRIPT, "--use_cpu", "true"]
+
+
+def test_several_processes_on_the_cpu():
+    assert command_of(DEVICE="cpu", NPROC="2", PRECISION="bf16") == deepspeed(
+        *("--num_gpus", "2"), flags=("--use_cpu", "true", "--bf16", "true")
+    )
+
+
+def test_precision():
+    on_cuda = {"DEVICE": "cuda", "NPROC": "2"}
+    assert command_of(PRECISION="fp16", **on_cuda) == deepspeed("--num_gpus", "2", flags=("--fp16", "true"))
+    assert command_of(PRECISION="fp32", **on_cuda) == deepspeed("--num_gpus", "2", flags=())
+    assert command_of(DEVICE="cpu", PRECISION="bf16") == [
+        *(sys.executable, SCRIPT, "--use_cpu", "true", "--bf16", "true"),
+    ]
+
+
+def test_only_visible_devices_are_used(stub):
+    cuda = {"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "2,5,7"}
+    bf16 = ("--bf16", "true")
+    assert command_of(NPROC="3", **cuda) == deepspeed("--include", "localhost:2,5,7", flags=bf16)
+    assert command_of(NPROC="2", **cuda) == deepspeed("--include", "localhost:2,5", flags=bf16)
+    assert "only the devices 2,5,7 are visible" in error_of(NPROC="4", **cuda)
+    npu = {"PYTHONPATH": stub("torch_npu"), "ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7"}
+    assert command_of(**npu) == deepspeed("--include", "localhost:4,5,6,7", flags=bf16)
+
+
+def test_hostfile(tmp_path, stub):
+    hostfile = tmp_path / "my hosts"
+    hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
+    npu = {"PYTHONPATH": stub("torch_npu"), "HOSTFILE": str(hostfile)}
+    bf16 = ("--bf16", "true")
+    assert command_of(**npu) == deepspeed("--hostfile", str(hostfile), flags=bf16)
+    assert command_of(NPROC="2", **npu) == deepspeed("--hostfile", str(hostfile), "--num_gpus", "2", flags=bf16)
+    assert "no such file" in error_of(DEVICE="cuda", NPROC="2", HOSTFILE=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"DEVICE": "tpu", "NPROC": "1"}, "DEVICE=tpu"),
+        ({"DEVICE": "cpu", "NPROC": "two"}, "NPROC=two"),
+        ({"DEVICE": "cpu", "NPROC": "0"}, "NPROC=0"),
+        ({"DEVICE": "cpu", "PRECISION": "fp8"}, "PRECISION=fp8"),
+        ({"DEVICE": "cuda", "NPROC": "1", "ZERO": "1"}, "ZERO=1"),
+    ],
+)
+def test_what_is_not_understood_is_named(env, words):
+    assert words in error_of(**env)
+
+
+def test_spaces_in_paths_and_arguments(tmp_path):
+    root = tmp_path / "a project"
+    (root / "script_train").mkdir(parents=True)
+    (root / "script_train/launch.sh").write_bytes((ROOT / "script_train/launch.sh").read_bytes())
+    python = root / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    words = command_of("--train_file", "my data.json", "--note", "$HOME \"'", root=root, DEVICE="cpu", PYTHON="")
+    assert words == [
+        *(str(python), str(root / "modeling/run_clm_sft.py"), "--use_cpu", "true"),
+        *("--train_file", "my data.json", "--note", "$HOME \"'"),
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_script_gets_its_arguments(tmp_path, processes):
+    """For real: plain Python for one process, DeepSpeed for two. Relative paths stay relative to the caller."""
+    script = tmp_path / "print words.py"
+    script.write_text("import os, sys\nopen(f\"rank {os.environ.get('RANK', 0)}\", 'w').write(str(sys.argv[1:]))\n")
+    done = run_bash(
+        f"source '{ROOT}/script_train/launch.sh'; launch '{script}' --words 'two words' '\"quoted\" $HOME'",
+        cwd=tmp_path,
+        **{"DEVICE": "cpu", "NPROC": str(processes), "MASTER_PORT": "29637"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(processes):
+        words = (tmp_path / f"rank {rank}").read_text()
+        assert "'--words', 'two words', '\"quoted\" $HOME'" in words
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "script_train").glob("*/*.sh")), ids=lambda path: path.name)
+def test_a_training_script_names_arguments_that_exist(script, tmp_path):
+    """The command of every thin script is understood by the Python script that it starts."""
+    env = {"DEVICE": "cpu", "VALIDATION": "held out.json", "OUTPUT": str(tmp_path / "out put")}
+    done = run_bash(f"bash '{script}' --max_steps 3", DRY_RUN="1", **env)
+    assert done.returncode == 0, done.stderr
+    *builder, training = map(shlex.split, done.stdout.splitlines())
+    assert training[-2:] == ["--max_steps", "3"]
+    assert training[training.index("--output_dir") + 1] == env["OUTPUT"]
+    for words in (*builder, training):
+        assert words[0] == sys.executable
+        described = subprocess.run([*words[:2], "--help"], capture_output=True, text=True, timeout=300)
+        assert described.returncode == 0, described.stderr
+        known = {word.strip("[],") for word in described.stdout.split()}
+        assert {word for word in words[2:] if word.startswith("--")} <= known
