@@ -232,3 +232,42 @@ def concatenate_groups(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Gro
     teacher_group = np.concatenate([group + offset for (group, _), offset in zip(examples, offsets)])
     student_group = np.concatenate([group + offset for (_, group), offset in zip(examples, offsets)])
     return Groups(teacher_group, student_group, group_sizes(teacher_group), group_sizes(student_group))
+
+
+def one_to_one_rows(groups: Groups) -> np.ndarray:
+    """int64 `[R_S]`: the teacher row that a student token shares a 1–1 group with, −1 where its group is larger."""
+    alone = (groups.teacher_size == 1) & (groups.student_size == 1)
+    first_row = np.cumsum(groups.teacher_size) - groups.teacher_size
+    return np.where(alone, first_row, -1)[groups.student_group]
+
+
+def same_index_rows(lengths: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int64 `[R_S]`: the teacher row at each student token's own index within its response, −1 where there is none.
+
+    Args:
+        lengths: `(M, N)` of each example, its teacher and student response tokens; there may be none.
+    """
+    rows, first = [np.zeros(0, dtype=np.int64)], 0
+    for n_teacher, n_student in lengths:
+        index = np.arange(n_student)
+        rows.append(np.where(index < n_teacher, first + index, -1))
+        first += n_teacher
+    return np.concatenate(rows)
+
+
+def alignment_counts(
+    ends: Sequence[tuple[np.ndarray, np.ndarray]], groups: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, int]:
+    """How many student tokens of a batch are in 1–1 groups, and in groups that cover the same bytes on both sides.
+
+    Args:
+        ends: `(teacher_ends, student_ends)` of each response, as in `byte_groups`.
+        groups: `(teacher_group, student_group)` of each response.
+
+    Returns:
+        `{"one_to_one": …, "aligned": …}`
+    """
+    return {
+        "one_to_one": sum(int(one_to_one_tokens(*group).sum()) for group in groups),
+        "aligned": sum(int(aligned_tokens(*end, *group).sum()) for end, group in zip(ends, groups)),
+    }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
@@ -51,9 +52,33 @@ class StudentArguments:
     freeze_layers: int = field(
         default=0, metadata={"help": "How many of the student's first transformer layers are not trained. 0 or more."}
     )
+    use_lora: bool = field(
+        default=False,
+        metadata={"help": "Train low-rank adapters (LoRA) beside the student's weights, which stay as they are."},
+    )
+    lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters. 1 or more."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "An adapter's output is multiplied by lora_alpha / lora_rank. 1 or more."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the adapters' inputs. From 0, and below 1."}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the modules that get an adapter; all-linear is every linear layer but the head."},
+    )
 
     def __post_init__(self):
         check(self.freeze_layers >= 0, "freeze_layers", self.freeze_layers, "give 0 or more")
+        check(
+            not (self.use_lora and self.freeze_layers),
+            "freeze_layers",
+            self.freeze_layers,
+            "leave it out with --use_lora true, which trains no layer's own weights",
+        )
+        check(self.lora_rank >= 1, "lora_rank", self.lora_rank, "give 1 or more")
+        check(self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "give 1 or more")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "give a number from 0, and below 1")
 
 
 @dataclass
@@ -97,6 +122,20 @@ class DistillationArguments:
     teacher_dtype: Dtype = field(
         default="auto", metadata={"help": "The dtype of the teacher's weights. auto is that of its checkpoint."}
     )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the teacher runs: a torch device, TYPE or TYPE:INDEX, or auto, which spreads it over all "
+            "devices that the process sees (a single process only). By default the student's device."
+        },
+    )
+    teacher_zero3: bool = field(
+        default=False,
+        metadata={
+            "help": "Shard the teacher over the ranks with DeepSpeed ZeRO-3, whatever the student's stage. Needs "
+            "--deepspeed. By default every rank holds the whole teacher."
+        },
+    )
     kd_alpha: float = field(
         default=0.5,
         metadata={"help": "The share of cross-entropy in the loss: kd_alpha * CE + (1 - kd_alpha) * KD. 0 to 1."},
@@ -111,6 +150,26 @@ class DistillationArguments:
     def __post_init__(self):
         check(0 <= self.kd_alpha <= 1, "kd_alpha", self.kd_alpha, "give a number from 0 (only KD) to 1 (only CE)")
         check(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "give a number above 0")
+        if self.teacher_device not in (None, "auto"):
+            try:
+                torch.device(self.teacher_device)
+            except RuntimeError as error:
+                check(False, "teacher_device", self.teacher_device, f"give auto or a torch device ({error})")
+        check(
+            not (self.teacher_zero3 and self.teacher_device),
+            "teacher_device",
+            self.teacher_device,
+            "leave it out with --teacher_zero3 true, which puts a part of the teacher on every rank's device",
+        )
+
+
+@dataclass
+class SoftDistillationArguments(DistillationArguments):
+    """The same, for methods that compare softened predictions by default."""
+
+    kd_temperature: float = field(
+        default=2.0, metadata=DistillationArguments.__dataclass_fields__["kd_temperature"].metadata
+    )
 
 
 @dataclass
@@ -125,6 +184,13 @@ class TrainingArguments(HfTrainingArguments):
     # The collator makes its own columns, which no model's forward names.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the batches hold more than the model reads."}
+    )
+    merge_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Save the student with its adapters merged into its weights, and the adapters themselves in the "
+            "subfolder adapter. By default the output folder holds the adapters alone."
+        },
     )
 
     def __post_init__(self):
@@ -150,10 +216,18 @@ class TrainingArguments(HfTrainingArguments):
         if self.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.n_gpu} devices. Start one process a device: deepspeed, torchrun or "
-                "accelerate launch (script_train/launch.sh does), or let it see a single device."
+                "accelerate launch (script_train/launch.sh does), or let it see a single device. torchrun "
+                "--nproc_per_node 1 is for a teacher on devices of its own."
             )
         if self.deepspeed and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
             raise ValueError("ACCELERATE_USE_CPU makes accelerate ignore --deepspeed. Unset it; use --use_cpu true.")
+        check(
+            not (self.merge_lora and self.deepspeed and self.hf_deepspeed_config.is_zero3()),
+            "merge_lora",
+            True,
+            "leave it out under ZeRO-3, where no rank holds the whole student. Train with ZeRO-2, or merge afterwards: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(OUTPUT).merge_and_unload()",
+        )
 
 
 def parse_arguments(dataclass_types: list[type], description: str, argv: list[str] | None = None) -> tuple:
@@ -168,6 +242,7 @@ def parse_arguments(dataclass_types: list[type], description: str, argv: list[st
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
+        check_together(*parsed)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if unknown:
@@ -176,6 +251,29 @@ def parse_arguments(dataclass_types: list[type], description: str, argv: list[st
         hint = f" Did you mean {near[0]}?" if near else " --help lists all."
         parser.exit(2, f"{parser.prog}: error: unknown argument {flag}.{hint}\n")
     return tuple(parsed)
+
+
+def check_together(*groups: object) -> None:
+    """Raises ValueError where arguments of different groups contradict each other."""
+    given = {name: value for group in groups for name, value in vars(group).items()}
+    check(
+        not given.get("teacher_zero3") or given["deepspeed"],
+        "teacher_zero3",
+        True,
+        "give --deepspeed CONFIG too; ZeRO-3 is DeepSpeed's",
+    )
+    check(
+        given.get("teacher_device") != "auto" or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        "teacher_device",
+        "auto",
+        "every rank would spread a copy over the same devices. Start one process, or use --teacher_zero3 true",
+    )
+    check(
+        not given.get("merge_lora") or given.get("use_lora"),
+        "merge_lora",
+        True,
+        "give --use_lora true too, there is nothing to merge",
+    )
 
 
 def _flags_of_json(path: Path) -> list[str]:

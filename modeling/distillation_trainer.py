@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -168,36 +168,63 @@ class DistillationTrainer(ResponseTrainer):
     """A `ResponseTrainer` with a teacher: `L = α·CE + (1 − α)·KD`.
 
     Args beyond those of `ResponseTrainer`:
-        teacher: frozen here, in eval mode.
+        teacher: frozen here, in eval mode; it stays on the devices that it is on.
         n_teacher_tokens: how many columns of the teacher's logits are real.
         kd_alpha: α.
     """
 
     def __init__(self, *args, teacher: PreTrainedModel, n_teacher_tokens: int, kd_alpha: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher = teacher
+        freeze(teacher)
         self.n_teacher_tokens = n_teacher_tokens
         self.kd_alpha = kd_alpha
 
-    @torch.no_grad()
     def teacher_logits(self, inputs: dict) -> Tensor:
         """[R_T, V_T] predicting logits of the teacher's response tokens, in the teacher's dtype."""
-        logits = self.teacher(
-            input_ids=inputs["teacher_input_ids"], attention_mask=inputs["teacher_attention_mask"], use_cache=False
-        ).logits
-        return response_rows(logits, inputs["teacher_positions"], self.n_teacher_tokens)
+        return self.frozen_logits(self.teacher, inputs, "teacher_", self.n_teacher_tokens)
 
-    def step_loss(self, inputs: dict, ce: Tensor, kd: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    @staticmethod
+    @torch.no_grad()
+    def frozen_logits(model: PreTrainedModel, inputs: dict, side: str, n_tokens: int) -> Tensor:
+        """[R, n_tokens] predicting logits of one side's response tokens, on the device of the batch.
+
+        Args:
+            model: on any device, or spread over several.
+            side: whose tokens the model is fed: "teacher_", or "" for the student's.
+        """
+        device = model.get_input_embeddings().weight.device
+        if device.type == "meta":  # weights that are fetched when their layer runs, on the device of the input
+            device = inputs[f"{side}input_ids"].device
+        logits = model(
+            input_ids=inputs[f"{side}input_ids"].to(device),
+            attention_mask=inputs[f"{side}attention_mask"].to(device),
+            use_cache=False,
+        ).logits
+        positions = inputs[f"{side}positions"]
+        return response_rows(logits, positions.to(logits.device), n_tokens).to(positions.device)
+
+    def step_loss(
+        self, inputs: dict, ce: Tensor, kd: Tensor, num_items_in_batch: Tensor | int | None, **parts: Tensor
+    ) -> Tensor:
         """Scalar: α·ΣCE + (1 − α)·ΣKD over this micro-batch, per response token of the optimizer step.
 
         Args:
             ce: float32 [R_S], one a response token.
             kd: float32 [units], each already times the student tokens that its unit covers.
             num_items_in_batch: response tokens of the whole step; None in evaluation.
+            parts: float32 [units] each: what else is logged, a sum per response token like KD.
         """
         ce, kd = ce.sum(), kd.sum()
         loss = self.kd_alpha * ce + (1 - self.kd_alpha) * kd
-        return self.per_token(inputs, num_items_in_batch, loss=loss, ce_loss=ce, kd_loss=kd)
+        parts = {name: part.sum() for name, part in parts.items()}
+        return self.per_token(inputs, num_items_in_batch, loss=loss, ce_loss=ce, kd_loss=kd, **parts)
+
+
+def freeze(model: nn.Module) -> None:
+    """No gradients, no dropout. (Two statements: the methods of a DeepSpeed engine return nothing.)"""
+    model.requires_grad_(False)
+    model.eval()
 
 
 def response_rows(logits: Tensor, positions: Tensor, n_tokens: int) -> Tensor:

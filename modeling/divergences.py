@@ -1,10 +1,10 @@
-"""Cross-entropy and Kullback–Leibler divergences, one value per row of logits, always in float32.
+"""Cross-entropy and the divergences between two sides' predictions, one value per row of logits, always in float32.
 
 Every function takes logits of any floating dtype (float32, bfloat16, float16; float64 stays float64) and any
 row stride, so the columns that pad a model's head can be cut off with a view, `logits[:, :vocabulary]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,14 @@ CHUNKS = 64
 MIN_CHUNK_ROWS = 8
 
 
+def float_dtype(logits: Tensor) -> torch.dtype:
+    """float32; float64 is kept, for numerical gradient checks."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def as_float(logits: Tensor) -> Tensor:
-    """Logits as float32; float64 is kept, for numerical gradient checks."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """Logits as float32; float64 is kept."""
+    return logits.to(float_dtype(logits))
 
 
 def chunk_rows(n_rows: int) -> int:
@@ -93,6 +98,32 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def cross_entropy_and(
+    divergence: Callable[..., Tensor], student: Tensor, labels: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`(cross_entropy(student, labels), divergence(student, *others))`, which share one gradient.
+
+    Two losses of the same logits each give them a gradient of full size, and both are held until they are added.
+    Computed in the same chunks of rows, the two add up within the chunk.
+
+    Args:
+        divergence: a row function, as of `in_row_chunks`: rows of `student` and of the others to float32 `[r]`.
+        student: `[R, V]`.
+        labels: int64 `[R]`, as in `cross_entropy`.
+        others: `[R, …]`.
+
+    Returns:
+        float32 `[R]` and `[R]`, in nats and in the unit of the divergence.
+    """
+
+    def row_losses(student_rows: Tensor, row_labels: Tensor, *other_rows: Tensor) -> Tensor:
+        student_rows = as_float(student_rows)  # once: the two gradients add up in float32
+        ce = F.cross_entropy(student_rows, row_labels, reduction="none")
+        return torch.stack([ce, divergence(student_rows, *other_rows)], dim=-1)
+
+    return in_row_chunks(row_losses, student, labels, *others).unbind(-1)
+
+
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """τ² · KL(p ‖ q) of every row, with p = softmax(p_logits / τ) and q likewise.
 
@@ -109,11 +140,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     Raises:
         ValueError: the shapes differ.
     """
-    if p_logits.shape != q_logits.shape:
-        raise ValueError(
-            "kl_divergence needs logits of one shape, "
-            f"got {tuple(p_logits.shape)} and {tuple(q_logits.shape)}"
-        )
+    _check_shapes("kl_divergence", p_logits, q_logits)
 
     def row_kl(p_rows: Tensor, q_rows: Tensor) -> Tensor:
         log_p = torch.log_softmax(as_float(p_rows) / temperature, dim=-1)
@@ -121,6 +148,137 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
         return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
 
     return in_row_chunks(row_kl, p_logits, q_logits)
+
+
+def cross_entropy_and_kl(
+    student: Tensor, labels: Tensor, teacher: Tensor, temperature: float = 1.0, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy(student, labels)` and τ² · KL(p^T ‖ p^S) (reverse: τ² · KL(p^S ‖ p^T)) of every row.
+
+    The same as `cross_entropy` and `kl_divergence` give, in less memory: the two share one gradient, which is written
+    out below, and all chunks of rows share three buffers.
+
+    Args:
+        student, teacher: `[R, V]`, of equal shape. The teacher is a constant.
+        labels: int64 `[R]`, as in `cross_entropy`.
+        temperature: τ > 0, of the KL.
+
+    Returns:
+        float32 `[R]` and `[R]`, in nats.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_shapes("cross_entropy_and_kl", student, teacher)
+    return _CrossEntropyAndKl.apply(student, labels, teacher, temperature, reverse)
+
+
+class _CrossEntropyAndKl(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, labels, teacher, temperature, reverse):
+        ctx.save_for_backward(student, labels, teacher)
+        ctx.temperature, ctx.reverse = temperature, reverse
+        ce, kl = student.new_empty(2, len(student), dtype=float_dtype(student))
+        for at, (x, y, z) in _chunks_with_buffers(student, 3):
+            log_s = _log_softmax(student[at], 1.0, scratch=x, out=y)
+            ce[at] = -log_s.gather(1, labels[at, None]).squeeze(1)
+            p, q = (student, teacher) if reverse else (teacher, student)
+            log_p = _log_softmax(p[at], temperature, scratch=x, out=y)
+            log_q = _log_softmax(q[at], temperature, scratch=x, out=z)
+            kl[at] = torch.exp(log_p, out=x).mul_(log_p.sub_(log_q)).sum(-1)
+        return ce, kl.mul_(temperature**2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ce, grad_kl):
+        (student, labels, teacher), temperature = ctx.saved_tensors, ctx.temperature
+        gradient = torch.empty_like(student)
+        for at, (x, y, z) in _chunks_with_buffers(student, 3):
+            # τ² ∂KL/∂z^S = τ · (p^S − p^T);  reverse: τ · p^S · (log p^S − log p^T − KL)
+            log_s = _log_softmax(student[at], temperature, scratch=x, out=y)
+            log_t = _log_softmax(teacher[at], temperature, scratch=x, out=z)
+            p_s = torch.exp(log_s, out=x)
+            if ctx.reverse:
+                log_ratio = log_s.sub_(log_t)
+                kl = torch.mul(p_s, log_ratio, out=z).sum(-1, keepdim=True)
+                kl_gradient = p_s.mul_(log_ratio.sub_(kl))
+            else:
+                kl_gradient = p_s.sub_(log_t.exp_())
+            kl_gradient.mul_(temperature * grad_kl[at, None])
+            # ∂CE/∂z^S = softmax(z^S) − one-hot
+            ce_gradient = _log_softmax(student[at], 1.0, scratch=y, out=z).exp_()
+            ce_gradient.scatter_add_(1, labels[at, None], -torch.ones_like(ce_gradient[:, :1]))
+            gradient[at] = kl_gradient.add_(ce_gradient.mul_(grad_ce[at, None]))
+        return gradient, None, None, None, None
+
+
+def _chunks_with_buffers(logits: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of a few rows, and `count` float32 buffers of their shape, the same memory every time.
+
+    Tensors of a few megabytes that come and go would fragment the heap, and it grows to several times their size.
+    """
+    chunk = chunk_rows(len(logits))
+    buffers = logits.new_empty(count, min(chunk, len(logits)), logits.shape[1], dtype=float_dtype(logits))
+    for start in range(0, len(logits), chunk):
+        n_rows = min(chunk, len(logits) - start)
+        yield slice(start, start + n_rows), buffers[:, :n_rows]
+
+
+def _log_softmax(logits: Tensor, temperature: float, scratch: Tensor, out: Tensor) -> Tensor:
+    return torch.log_softmax(scratch.copy_(logits).div_(temperature), dim=-1, out=out)
+
+
+def _check_shapes(function: str, a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{function} needs logits of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------- row functions
+# They keep several float32 copies of their rows: give them to `in_row_chunks` or `cross_entropy_and`.
+
+
+def kl_to_target_rows(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 `[r]`: τ² · KL(target ‖ softmax(logits / τ)) of every row; entries of the target may be 0.
+
+    Args:
+        target: float32 `[r, V]`, probabilities, without gradient.
+        logits: `[r, V]`.
+        temperature: τ > 0, of the logits; the target is taken as it is.
+    """
+    log_q = torch.log_softmax(as_float(logits) / temperature, dim=-1)
+    return temperature**2 * (torch.xlogy(target, target) - target * log_q).sum(-1)
+
+
+def sorted_distance_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 `[r]`: Σ_k |sort↓(p)_k − sort↓(q)_k| of every row, p and q the softmax of logits / τ.
+
+    The universal logit distance (ULD, arXiv 2402.12030, section 4): it compares how probability is spread, and
+    not over which tokens, so the vocabularies `[r, V]` and `[r, V']` need nothing in common. The shorter one is padded
+    with zeros. The gradient is a subgradient: 0 where two probabilities are equal.
+    """
+    p, q = (torch.softmax(as_float(z) / temperature, -1).sort(-1, descending=True).values for z in (p_logits, q_logits))
+    width = max(p.shape[-1], q.shape[-1])
+    p, q = (F.pad(side, (0, width - side.shape[-1])) for side in (p, q))
+    return (p - q).abs().sum(-1)
+
+
+def moved_distribution_rows(teacher_logits: Tensor, static: Tensor, n_student: int, temperature: float) -> Tensor:
+    """float32 `[r, n_student]`: q[u] = Σ_{v: static[v] = u} p[v], the teacher's probabilities on the student's tokens.
+
+    `p` is softmax(teacher_logits / τ) over the tokens that map to something: q sums to 1 (FuseLLM, arXiv 2401.10491).
+
+    Args:
+        teacher_logits: `[r, V_T]`.
+        static: int64 `[V_T]`, a student id or −1 for none; at least one is not −1.
+        n_student: V_S.
+        temperature: τ > 0.
+    """
+    mapped = as_float(teacher_logits).masked_fill(static < 0, -torch.inf)
+    p = torch.softmax(mapped / temperature, dim=-1)
+    return p.new_zeros(len(p), n_student).scatter_add_(1, static.clamp(min=0).expand_as(p), p)
+
+
+# ---------------------------------------------------------------------------------------------- chosen columns only
 
 
 def restricted_kl(

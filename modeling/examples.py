@@ -215,6 +215,37 @@ class Encoder:
         return np.maximum.accumulate(placed)
 
 
+def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
+    """Raise ValueError unless every id is the same token on both sides.
+
+    What the tokens are decides, not the tokenizers' names or classes. Which tokens are flagged special, which one is
+    declared EOS, and how far each model's head is padded may differ.
+    """
+    sides = (student.forms, teacher.forms)
+    if sides[0].forms == sides[1].forms:
+        return
+    lengths = [len(forms) for forms in sides]
+    first = next((i for i, (a, b) in enumerate(zip(*(f.forms for f in sides))) if a != b), min(lengths))
+    tokens = [repr(forms.texts[first]) if first < len(forms) else "no token" for forms in sides]
+    raise ValueError(
+        f"The student's tokenizer {sides[0].name!r} ({lengths[0]} tokens) and the teacher's {sides[1].name!r} "
+        f"({lengths[1]} tokens) are not the same: id {first} is {tokens[0]} in the student's and {tokens[1]} in the "
+        "teacher's. Comparing them token by token needs one tokenizer. For a pair like this one there are "
+        "run_clm_distill_CDM.py, run_clm_MinED.py and run_clm_uld.py."
+    )
+
+
+def require_same_tokens(responses: Sequence[Response]) -> None:
+    """Raise ValueError, naming the row, unless the tokens of every response end at the same bytes on both sides."""
+    for response in responses:
+        if not np.array_equal(response.ends, response.teacher_ends):
+            raise ValueError(
+                f"Row {response.row} of the data: the student has {len(response.ends)} response tokens and the teacher "
+                f"{len(response.teacher_ends)}, and they do not end at the same places, though the vocabularies are "
+                "the same. Leave the row out, or give both models the same tokenizer files."
+            )
+
+
 def encode_pair(encoders: Sequence[Encoder], prefix: str, text: str, block_size: int) -> list[Encoded] | None:
     """The example as each side sees it, in at most `block_size` tokens on every side.
 

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import tokenizers
+import torch
 import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling.arguments import DataArguments, DistillationArguments, StudentArguments, TrainingArguments
 from modeling.distillation_trainer import ResponseTrainer
@@ -55,7 +63,7 @@ def start(args: TrainingArguments) -> None:
 class LanguageModel:
     """A model with what turns text into its tokens. `encoder.forms` holds its real tokens, `n_tokens` of them."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel  # or a PeftModel or DeepSpeed engine around one
     encoder: Encoder
 
     @property
@@ -68,34 +76,123 @@ class LanguageModel:
 
 
 def load_student(args: StudentArguments) -> LanguageModel:
+    """The student, with what is not to be trained frozen; with --use_lora true a `PeftModel` around it."""
     student = _load(args.model_name_or_path, "model_name_or_path", args.dtype, args)
     if args.freeze_emb:
         student.model.get_input_embeddings().requires_grad_(False)
     if args.freeze_layers:
         for layer in transformer_layers(student.model)[: args.freeze_layers]:
             layer.requires_grad_(False)
+    if args.use_lora:
+        student.model = _with_lora(student.model, args)
     return student
 
 
-def load_teacher(args: DistillationArguments, student_args: StudentArguments, training_args: TrainingArguments):
-    """The teacher as a `LanguageModel`, whole on every rank: ZeRO-3 would shard it where its forward cannot be run."""
-    with _without_deepspeed(training_args):
-        return _load(args.teacher_path, "teacher_path", args.teacher_dtype, student_args)
+def _with_lora(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
+    """The model frozen, with low-rank adapters to be trained (LoRA, arXiv 2106.09685)."""
+    targets = args.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
+    logger.info("LoRA: %d of %d parameters are trained.", *model.get_nb_trainable_parameters())
+    return model
+
+
+def load_teacher(
+    args: DistillationArguments,
+    student_args: StudentArguments,
+    training_args: TrainingArguments,
+    path: str | None = None,
+    flag: str = "teacher_path",
+) -> LanguageModel:
+    """A teacher, where --teacher_device or --teacher_zero3 wants it: whole on every rank, or sharded over the ranks.
+
+    Args:
+        path: of the teacher; by default --teacher_path.
+        flag: the argument that named it, for messages.
+    """
+    path = path or args.teacher_path
+    if args.teacher_zero3:
+        return _load_sharded(path, flag, args.teacher_dtype, student_args, training_args)
+    device = args.teacher_device or training_args.device
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--teacher_device {device}: {error}") from error
+    with _deepspeed_config(None, training_args):
+        return _load(path, flag, args.teacher_dtype, student_args, device_map=device)
+
+
+def _load_sharded(
+    path: str, flag: str, dtype: str, args: StudentArguments, training_args: TrainingArguments
+) -> LanguageModel:
+    """A model in a ZeRO-3 engine of its own: each rank holds a part of every weight, and gathers a layer to run it.
+
+    Every rank must run it equally often.
+    """
+    import deepspeed
+
+    dtype = _checkpoint_dtype(path, flag, args) if dtype == "auto" else dtype
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # must be given; nothing is trained
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+    with _deepspeed_config(config, training_args):
+        loaded = _load(path, flag, dtype, args)
+    try:
+        engine, *_ = deepspeed.initialize(model=loaded.model, config=config)
+    except ValueError as error:  # a dtype that DeepSpeed does not run on this device
+        raise ValueError(f"--teacher_zero3 true with the teacher in {dtype}: {error}") from error
+    weights = list(engine.module.parameters())
+    logger.info(
+        "--%s %s is sharded: this rank holds %d of its %d weights.",
+        *(flag, path, sum(w.ds_tensor.numel() + w.numel() for w in weights), sum(w.ds_numel for w in weights)),
+    )
+    return LanguageModel(engine, loaded.encoder)
+
+
+def _checkpoint_dtype(path: str, flag: str, args: StudentArguments) -> str:
+    """ZeRO-3 makes room for the weights before it sees them."""
+    try:
+        dtype = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag} {path}: {error}") from error
+    if dtype is None:
+        raise ValueError(f"--{flag} {path}: its config.json names no dtype. Give --teacher_dtype.")
+    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
-def _without_deepspeed(args: TrainingArguments) -> Iterator[None]:
-    """`from_pretrained` shards what it loads while a ZeRO-3 configuration is set."""
-    config = getattr(args, "hf_deepspeed_config", None)
+def _deepspeed_config(config: dict | None, args: TrainingArguments) -> Iterator[None]:
+    """What `from_pretrained` loads here is sharded as this configuration says (None: not at all), not as the student's.
+
+    The student's own is in force again afterwards.
+    """
+    students = getattr(args, "hf_deepspeed_config", None)
     unset_hf_deepspeed_config()
+    # transformers refers to it weakly, so that it lasts no longer than this variable.
+    loading = HfDeepSpeedConfig(config) if config is not None else None
     try:
         yield
     finally:
-        if config is not None:
-            set_hf_deepspeed_config(config)
+        del loading
+        unset_hf_deepspeed_config()
+        if students is not None:
+            set_hf_deepspeed_config(students)
 
 
-def _load(path: str, flag: str, dtype: str, args: StudentArguments) -> LanguageModel:
+def _load(path: str, flag: str, dtype: str, args: StudentArguments, **options) -> LanguageModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         encoder = Encoder(tokenizer)
@@ -104,6 +201,7 @@ def _load(path: str, flag: str, dtype: str, args: StudentArguments) -> LanguageM
             dtype=dtype,
             trust_remote_code=args.trust_remote_code,
             **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+            **options,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"--{flag} {path}: {error}") from error
@@ -234,12 +332,13 @@ def run(trainer: ResponseTrainer) -> None:
     """Trains, saves, evaluates, as the arguments say.
 
     An output folder that already holds a whole checkpoint is gone on from; --resume_from_checkpoint false starts over.
+    A LoRA student is saved as its adapter (with the path of the base model), or, with --merge_lora true, merged.
     """
     args = trainer.args
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=_checkpoint(args))
         trainer.model.config.use_cache = True  # off in training; whoever generates with the saved model wants it
-        trainer.save_model()
+        trainer.save_model(str(Path(args.output_dir, "adapter")) if args.merge_lora else None)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
@@ -247,6 +346,10 @@ def run(trainer: ResponseTrainer) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if args.do_train and args.merge_lora and args.should_save:
+        # Last: it takes the trained model apart.
+        trainer.model.merge_and_unload().save_pretrained(args.output_dir)
+        trainer.processing_class.save_pretrained(args.output_dir)
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
@@ -255,9 +358,23 @@ def _checkpoint(args: TrainingArguments) -> str | None:
         return None
     if wish is not None and wish.lower() not in ("true", "yes"):
         return wish
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = last_complete_checkpoint(args.output_dir)
     if wish is not None and last is None:
-        raise ValueError(f"--resume_from_checkpoint {wish}: {args.output_dir} holds no checkpoint.")
+        raise ValueError(f"--resume_from_checkpoint {wish}: {args.output_dir} holds no complete checkpoint.")
     if last is not None:
         logger.info("Going on from %s. To start over, give --resume_from_checkpoint false.", last)
     return last
+
+
+def last_complete_checkpoint(folder: str) -> str | None:
+    """The checkpoint of the latest step that was saved to its end. A run may be stopped while it saves one."""
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    steps = [int(match[1]) for path in Path(folder).glob("*") if (match := name.fullmatch(path.name))]
+    for step in sorted(steps, reverse=True):
+        checkpoint = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())  # the file that is written last
+            return str(checkpoint)
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete, and passed over.", checkpoint)
+    return None

@@ -16,6 +16,12 @@
 `--alignment byte` puts the exact alignment in the place of steps 1 and 2: a group ends wherever both sides end a
 token at the same byte of the response.
 
+With `--same_tokenizer_teacher_path` a second teacher, which shares the student's tokenizer, teaches beside the first:
+
+    KD = β·KD_CDM + (1 − β)·KD_FKD,   KD_FKD = Σ_j τ² KL(softmax(z^T'_j/τ) ‖ softmax(z^S_j/τ)) / (response tokens)
+
+with β = --cross_weight and z^T' that teacher's logits; both parts are logged, as kd_cdm_loss and kd_fkd_loss.
+
 Logged beside the losses: mapped_rate (pairs found of 2k, mean over groups), teacher_mass (the share of the teacher's
 probability that P_→ covers), one_to_one (student tokens in groups of one token a side), aligned (student tokens whose
 group covers the same bytes on both sides).
@@ -27,16 +33,16 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from get_vocab_mapper.vocab_mapper import VocabMapper, load_mapper
 from modeling.alignment import (
-    aligned_tokens,
+    alignment_counts,
     byte_groups,
     concatenate_groups,
     dtw_groups,
     entropy,
     entropy_weights,
-    one_to_one_tokens,
 )
 from modeling.arguments import (
     DataArguments,
@@ -47,9 +53,9 @@ from modeling.arguments import (
     parse_arguments,
 )
 from modeling.contextual_mapping import DirectionMap, contextual_kl
-from modeling.distillation_trainer import DistillationTrainer
-from modeling.divergences import cross_entropy
-from modeling.examples import Response, ResponseCollator
+from modeling.distillation_trainer import DistillationTrainer, freeze
+from modeling.divergences import cross_entropy, kl_divergence
+from modeling.examples import Response, ResponseCollator, require_same_tokenizer
 from modeling.experiment import load_data, load_student, load_teacher, run, start
 
 
@@ -79,10 +85,19 @@ class CDMArguments:
         default="dtw",
         metadata={"help": "dtw: entropy-weighted dynamic time warping, the paper's. byte: exact, by byte positions."},
     )
+    same_tokenizer_teacher_path: str | None = field(
+        default=None,
+        metadata={"help": "A second teacher with the student's tokenizer: a hub name or a folder. By default none."},
+    )
+    cross_weight: float = field(
+        default=0.5,
+        metadata={"help": "With a second teacher: KD = cross_weight * KD_CDM + (1 - cross_weight) * KD_FKD. 0 to 1."},
+    )
 
     def __post_init__(self):
         check(self.topk >= 1, "topk", self.topk, "give 1 or more")
         check(0 < self.simi_threshold <= 1, "simi_threshold", self.simi_threshold, "give a number above 0, at most 1")
+        check(0 <= self.cross_weight <= 1, "cross_weight", self.cross_weight, "give a number from 0 to 1")
 
 
 class CDMTrainer(DistillationTrainer):
@@ -90,16 +105,31 @@ class CDMTrainer(DistillationTrainer):
 
     Args beyond those of `DistillationTrainer`:
         mapper: of this pair of tokenizers.
-        topk, kd_temperature, alignment: as in `CDMArguments` and `DistillationArguments`.
+        topk, kd_temperature, alignment, cross_weight: as in `CDMArguments` and `DistillationArguments`.
+        same_tokenizer_teacher: the second teacher, where there is one; frozen here, in eval mode.
     """
 
-    def __init__(self, *args, mapper: VocabMapper, topk: int, kd_temperature: float, alignment: str, **kwargs):
+    def __init__(
+        self,
+        *args,
+        mapper: VocabMapper,
+        topk: int,
+        kd_temperature: float,
+        alignment: str,
+        cross_weight: float = 0.5,
+        same_tokenizer_teacher: PreTrainedModel | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.teacher_to_student = DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student))
         self.student_to_teacher = DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher))
         self.topk = topk
         self.kd_temperature = kd_temperature
         self.alignment = alignment
+        self.cross_weight = cross_weight
+        self.same_tokenizer_teacher = same_tokenizer_teacher
+        if same_tokenizer_teacher is not None:
+            freeze(same_tokenizer_teacher)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.student_logits(model, inputs)  # z^S [R_S, V_S]
@@ -119,14 +149,19 @@ class CDMTrainer(DistillationTrainer):
         )
         ce = cross_entropy(student, self.response_labels(inputs))  # [R_S]
         kd = cdm.kd * torch.from_numpy(groups.student_size).to(cdm.kd.device)  # [G]: KD_g counts |J_g| tokens
+        parts = {}
+        if self.same_tokenizer_teacher is not None:
+            same = self.frozen_logits(self.same_tokenizer_teacher, inputs, "", self.n_student_tokens)  # z^T' [R_S, V_S]
+            fkd = kl_divergence(same, student, self.kd_temperature)  # [R_S]
+            parts = {"kd_cdm_loss": kd, "kd_fkd_loss": fkd}
+            kd = torch.cat([self.cross_weight * kd, (1 - self.cross_weight) * fkd])
 
         self.record("mapped_rate", cdm.mapped_rate.sum(), len(groups))
         self.record("teacher_mass", cdm.teacher_mass.sum(), len(groups))
-        self.record_share("one_to_one", [one_to_one_tokens(*group) for group in aligned])
-        self.record_share(
-            "aligned", [aligned_tokens(r.teacher_ends, r.ends, *group) for r, group in zip(responses, aligned)]
-        )
-        return self.step_loss(inputs, ce, kd, num_items_in_batch)
+        ends = [(response.teacher_ends, response.ends) for response in responses]
+        for name, count in alignment_counts(ends, aligned).items():
+            self.record(name, count, len(student))
+        return self.step_loss(inputs, ce, kd, num_items_in_batch, **parts)
 
     def align(self, student: Tensor, teacher: Tensor, responses: list[Response]) -> list[tuple[np.ndarray, np.ndarray]]:
         """`(teacher_group, student_group)` of each response."""
@@ -142,9 +177,6 @@ class CDMTrainer(DistillationTrainer):
             for r, teacher_weights, student_weights in zip(responses, weights, weights[len(responses) :])
         ]
 
-    def record_share(self, name: str, flags: list[np.ndarray]) -> None:
-        self.record(name, sum(int(f.sum()) for f in flags), sum(map(len, flags)))
-
 
 def main() -> None:
     student_args, distillation_args, cdm_args, data_args, training_args = parse_arguments(
@@ -153,6 +185,14 @@ def main() -> None:
     start(training_args)
     student = load_student(student_args)
     teacher = load_teacher(distillation_args, student_args, training_args)
+    second = None
+    if cdm_args.same_tokenizer_teacher_path is not None:
+        path = cdm_args.same_tokenizer_teacher_path
+        second = load_teacher(distillation_args, student_args, training_args, path, "same_tokenizer_teacher_path")
+        try:
+            require_same_tokenizer(student.encoder, second.encoder)
+        except ValueError as error:
+            raise ValueError(f"--same_tokenizer_teacher_path {path}: {error}") from None
     mapper = load_mapper(
         cdm_args.teacher_to_student_id_mapping,
         teacher.encoder.forms,
@@ -163,6 +203,8 @@ def main() -> None:
     trainer = CDMTrainer(
         model=student.model,
         teacher=teacher.model,
+        same_tokenizer_teacher=None if second is None else second.model,
+        cross_weight=cdm_args.cross_weight,
         mapper=mapper,
         topk=cdm_args.topk,
         alignment=cdm_args.alignment,

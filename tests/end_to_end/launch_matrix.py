@@ -1,0 +1,196 @@
+"""Every training script under every launcher: the same losses, and the same after a kill.
+
+    CDM_REAL_DIR=... python -m tests.end_to_end.launch_matrix [--scripts CDM ULD] [--ways "torchrun 2"] [--json FILE]
+
+For each script and each way to launch it, on 64 real Dolly rows and small random models: an uninterrupted run of 4
+steps of 16 rows; the same run, killed (SIGKILL, all processes) as soon as its checkpoint of step 2 is whole, and
+started again. Printed per cell: the loss of step 1, its relative difference from the plain run's, and the largest
+relative difference of any step's loss between the uninterrupted and the resumed run. The suite runs a few cells.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import psutil
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.end_to_end.rig import ROOT, dolly_file, environment, flags, launcher, run_script, steps, tiny_llama
+from tests.unit.tokenizer_zoo import sentencepiece_bpe
+
+SCRIPTS = {
+    "SFT": "run_clm_sft.py",
+    "FKD": "run_clm_llms_fkd.py",
+    "RKD": "run_clm_llms_rkd.py",
+    "ULD": "run_clm_uld.py",
+    "MinED": "run_clm_MinED.py",
+    "CDM": "run_clm_distill_CDM.py",
+}
+WAYS = ("plain", "torchrun 2", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+STEPS, ROWS_A_STEP = 4, 16
+ports = count(29700)
+
+
+@dataclass
+class Bench:
+    """The models, mappers and rows of all cells, in one folder."""
+
+    folder: Path
+
+    @property
+    def train(self) -> Path:
+        return self.folder / "train.json"
+
+    def make(self) -> "Bench":
+        dolly_file(self.train, range(STEPS * ROWS_A_STEP), shorter_than=700)
+        texts = [row["prefix"] + row["text"] for row in json.loads(self.train.read_text())]
+        byte_level, sentencepiece = _byte_level(texts), sentencepiece_bpe(texts, vocab_size=1500)
+        tiny_llama(self.folder / "student", byte_level, len(byte_level) + 40, seed=1)
+        tiny_llama(self.folder / "same tokenizer", byte_level, len(byte_level) + 8, seed=2)
+        tiny_llama(self.folder / "other tokenizer", sentencepiece, len(sentencepiece) + 16, seed=3)
+        for kind in ("em", "MinED"):
+            run_script(
+                f"get_vocab_mapper/get_{kind}_mapper.py",
+                *("--teacher", str(self.folder / "other tokenizer"), "--student", str(self.folder / "student")),
+                *("--output", str(self.folder / f"{kind}.safetensors")),
+            )
+        for stage in range(4):
+            config = json.loads((ROOT / f"config/deepspeed{'_zero3' if stage == 3 else ''}_config.json").read_text())
+            config["zero_optimization"]["stage"] = stage
+            (self.folder / f"zero{stage}.json").write_text(json.dumps(config))
+        return self
+
+    def command(self, script: str, way: str, output: Path) -> list[str]:
+        ranks = 1 if way == "plain" else 2
+        arguments = {
+            "model_name_or_path": self.folder / "student",
+            "train_file": self.train,
+            "output_dir": output,
+            "do_train": True,
+            "use_cpu": True,
+            "block_size": 256,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": ROWS_A_STEP // 4 // ranks,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        if script in ("FKD", "RKD"):
+            arguments["teacher_path"] = self.folder / "same tokenizer"
+        elif script != "SFT":
+            arguments["teacher_path"] = self.folder / "other tokenizer"
+        if script in ("MinED", "CDM"):
+            mapper = self.folder / f"{'MinED' if script == 'MinED' else 'em'}.safetensors"
+            arguments["teacher_to_student_id_mapping"] = mapper
+        if way.startswith("ZeRO"):
+            arguments["deepspeed"] = self.folder / f"zero{way[-1]}.json"
+        launch = launcher(ranks, deepspeed=way.startswith("ZeRO"), port=next(ports))
+        return [*launch, str(ROOT / "modeling" / SCRIPTS[script]), *flags(**arguments)]
+
+
+def _byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def run(command: list[str], kill_at: Path | None = None) -> None:
+    """Runs to the end, or kills every process of the run once the file `kill_at` is there."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                if kill_at is not None and kill_at.exists():
+                    return
+                time.sleep(0.02)
+        finally:
+            if process.poll() is None:
+                _kill(process)
+        output.seek(0)
+        assert process.returncode == 0, f"{' '.join(command)}\n{output.read()[-8000:]}"
+        assert kill_at is None, f"the run was over before {kill_at} was seen"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a launcher and to everything that it started."""
+    launcher_process = psutil.Process(process.pid)
+    for victim in [launcher_process, *launcher_process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait()
+
+
+def run_cell(bench: Bench, script: str, way: str) -> dict:
+    """`losses` of the uninterrupted run, and of the one that was killed after step 2 and started again."""
+    whole, killed = (bench.folder / f"{script} {way} {name}" for name in ("whole", "killed"))
+    run(bench.command(script, way, whole))
+    command = bench.command(script, way, killed)
+    run(command, kill_at=killed / "checkpoint-2/trainer_state.json")
+    # What the kill can leave behind: a later checkpoint begun, but none that is whole.
+    run(command)
+    cell = {"losses": losses(whole), "resumed_losses": losses(killed)}
+    for folder in (whole, killed):
+        shutil.rmtree(folder)
+    return cell
+
+
+def losses(folder: Path) -> list[float]:
+    logged = steps(folder)
+    assert [entry["step"] for entry in logged] == list(range(1, STEPS + 1)), logged
+    return [entry["loss"] for entry in logged]
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b))
+
+
+def cells(bench: Bench, scripts: list[str], ways: list[str]) -> Iterator[tuple[str, str, dict]]:
+    for script in scripts:
+        for way in ways:
+            yield script, way, run_cell(bench, script, way)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="plain is always needed")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    results: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder)).make()
+        print("| script | way | loss of step 1 | against plain | resumed against uninterrupted |")
+        print("|---|---|---|---|---|")
+        for script, way, cell in cells(bench, arguments.scripts, arguments.ways):
+            results.setdefault(script, {})[way] = cell
+            first, plain = cell["losses"][0], results[script].get("plain", cell)["losses"][0]
+            resumed = largest_difference(cell["losses"], cell["resumed_losses"])
+            print(f"| {script} | {way} | {first:.6f} | {abs(first - plain) / plain:.1e} | {resumed:.1e} |")
+            sys.stdout.flush()
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Where teachers run, two teachers at once, LoRA students, and going on after a run that was stopped while saving."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling.arguments import DistillationArguments, StudentArguments, TrainingArguments
+from modeling.distillation_trainer import DistillationTrainer, freeze
+from modeling.experiment import last_complete_checkpoint, load_teacher
+from tests.end_to_end.rig import ROOT, flags, launcher, run_script, steps, tiny_llama
+from tests.unit.tokenizer_zoo import load_real
+
+CDM, SFT = "modeling/run_clm_distill_CDM.py", "modeling/run_clm_sft.py"
+
+
+@pytest.fixture(scope="module")
+def short_rows(dolly, tmp_path_factory):
+    """8 real rows that need no cutting: one batch, in the order of the file."""
+    rows = json.loads(dolly.train.read_text())
+    path = tmp_path_factory.mktemp("short") / "train.json"
+    path.write_text(json.dumps([row for row in rows if len(row["prefix"] + row["text"]) < 260][:8]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def second_teacher(tmp_path_factory):
+    """It has the student's tokenizer, and a head that is padded otherwise."""
+    return tiny_llama(tmp_path_factory.mktemp("second"), load_real("smollm2"), 49_280, seed=3)
+
+
+@pytest.fixture(scope="module")
+def cdm_run(phi_smollm, short_rows, dolly, tmp_path_factory):
+    """Runs 2 steps on the same 8 rows, and evaluates: `(logged steps, evaluation, what it said)`."""
+
+    def cdm_run(launch=None, fails=False, **arguments):
+        folder = tmp_path_factory.mktemp("run") / "out"
+        given = {
+            "model_name_or_path": phi_smollm.student,
+            "teacher_path": phi_smollm.teacher,
+            "teacher_to_student_id_mapping": phi_smollm.mapper,
+            "train_file": short_rows,
+            "validation_file": dolly.validation,
+            "output_dir": folder,
+            "do_train": True,
+            "do_eval": True,
+            "use_cpu": True,
+            "block_size": 96,
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "train_sampling_strategy": "sequential",
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        done = run_script(CDM, *flags(**{**given, **arguments}), launch=launch, fails=fails)
+        if fails:
+            return done.stderr
+        return steps(folder), json.loads((folder / "eval_results.json").read_text()), done.stdout + done.stderr
+
+    return cdm_run
+
+
+@pytest.fixture(scope="module")
+def one_teacher(cdm_run):
+    return cdm_run()
+
+
+@pytest.fixture(scope="module")
+def two_teachers(cdm_run, second_teacher):
+    return cdm_run(same_tokenizer_teacher_path=second_teacher)
+
+
+# ------------------------------------------------------------------------------------------------------- two teachers
+
+
+def fkd_loss(pair, teacher, rows):
+    """Σ KL(p^T ‖ p^S) over the response tokens, a token, from the models' own forward on each row alone."""
+    tokenizer = AutoTokenizer.from_pretrained(pair.student)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (teacher, pair.student)]
+    total, n_tokens = 0.0, 0
+    for row in rows:
+        encoding = tokenizer(row["prefix"] + row["text"], return_offsets_mapping=True)
+        ids = [*encoding["input_ids"], tokenizer.eos_token_id]
+        start = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(row["prefix"]))
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0, start - 1 : -1, : len(tokenizer)] for model in models]
+        log_p, log_q = (z.double().log_softmax(-1) for z in logits)
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+        n_tokens += len(ids) - start
+    return total / n_tokens
+
+
+def test_two_teachers_are_weighted(one_teacher, two_teachers, cdm_run, phi_smollm, second_teacher, short_rows):
+    alone = one_teacher[0]
+    cross = alone[0]["kd_loss"]
+    same = fkd_loss(phi_smollm, second_teacher, json.loads(short_rows.read_text()))
+    ways = {
+        0.5: two_teachers,
+        1.0: cdm_run(same_tokenizer_teacher_path=second_teacher, cross_weight=1),
+        0.0: cdm_run(same_tokenizer_teacher_path=second_teacher, cross_weight=0),
+    }
+    for weight, (logged, evaluation, _) in ways.items():
+        first = logged[0]
+        assert first["kd_cdm_loss"] == pytest.approx(cross, rel=1e-5)
+        assert first["kd_fkd_loss"] == pytest.approx(same, rel=1e-5)
+        assert first["kd_loss"] == pytest.approx(weight * cross + (1 - weight) * same, rel=1e-5)
+        assert first["loss"] == pytest.approx((first["ce_loss"] + first["kd_loss"]) / 2, rel=1e-5)
+        parts = weight * evaluation["eval_kd_cdm_loss"] + (1 - weight) * evaluation["eval_kd_fkd_loss"]
+        assert evaluation["eval_kd_loss"] == pytest.approx(parts, rel=1e-5)
+    for want, got in zip(alone, ways[1.0][0]):  # with weight 1, the gradient too is that of the first teacher alone
+        assert {name: got[name] for name in want} == pytest.approx(want, rel=1e-5)
+    assert ways[0.0][0][1]["kd_fkd_loss"] < ways[0.0][0][0]["kd_fkd_loss"]
+    assert "kd_fkd_loss" not in alone[0]
+
+
+def test_a_second_teacher_with_another_tokenizer_is_refused(cdm_run, phi_smollm):
+    message = cdm_run(same_tokenizer_teacher_path=phi_smollm.teacher, fails=True)
+    assert "--same_tokenizer_teacher_path" in message and "are not the same" in message
+
+
+# ---------------------------------------------------------------------------------------------- where the teacher runs
+
+
+def assert_equal_losses(expected, got, rel):
+    for want, entry in zip(expected[0], got[0]):
+        names = [name for name in want if name.endswith("loss")]
+        assert {name: entry[name] for name in names} == pytest.approx({name: want[name] for name in names}, rel=rel)
+    for name in ("eval_loss", "eval_kd_loss"):
+        assert got[1][name] == pytest.approx(expected[1][name], rel=rel)
+
+
+def sharded_shares(output):
+    """`(held by rank 0, whole)` of every teacher that was sharded."""
+    lines = [line for line in output.splitlines() if "is sharded: this rank holds" in line]
+    return [tuple(int(word) for word in line.partition("sharded")[2].split() if word.isdigit()) for line in lines]
+
+
+def test_a_teacher_sharded_beside_a_zero2_student(one_teacher, cdm_run):
+    config = ROOT / "config/deepspeed_config.json"
+    sharded = cdm_run(
+        launcher(2, deepspeed=True, port=29601), per_device_train_batch_size=4, deepspeed=config, teacher_zero3=True
+    )
+    assert_equal_losses(one_teacher, sharded, rel=1e-4)
+    ((held, whole),) = sharded_shares(sharded[2])
+    assert whole > 2_000_000 and whole / 2 <= held < 0.51 * whole
+
+
+def test_two_teachers_sharded_beside_a_zero3_student(two_teachers, cdm_run, second_teacher):
+    config = ROOT / "config/deepspeed_zero3_config.json"
+    sharded = cdm_run(
+        launcher(2, deepspeed=True, port=29602),
+        per_device_train_batch_size=4,
+        deepspeed=config,
+        teacher_zero3=True,
+        same_tokenizer_teacher_path=second_teacher,
+    )
+    assert_equal_losses(two_teachers, sharded, rel=1e-4)
+    shares = sharded_shares(sharded[2])
+    assert len(shares) == 2 and all(held < 0.51 * whole for held, whole in shares)
+
+
+def test_a_float16_teacher_on_a_device_of_its_own(one_teacher, cdm_run):
+    # Not closer: a rounding error can turn the path of an alignment.
+    assert_equal_losses(one_teacher, cdm_run(teacher_dtype="float16", teacher_device="cpu"), rel=5e-3)
+
+
+def test_a_device_that_is_not_there(phi_smollm, tmp_path):
+    arguments = DistillationArguments(str(phi_smollm.teacher), teacher_device="xla:3")
+    student_arguments = StudentArguments(str(phi_smollm.student))
+    with pytest.raises(ValueError, match="--teacher_device xla:3: "):
+        load_teacher(arguments, student_arguments, TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "auto"])
+@pytest.mark.parametrize(("dtype", "atol"), [("auto", 1e-5), ("bfloat16", 0.2), ("float16", 0.02)])
+def test_a_placed_teacher_gives_the_logits_of_its_response(phi_smollm, tmp_path, device, dtype, atol):
+    arguments = DistillationArguments(str(phi_smollm.teacher), teacher_device=device, teacher_dtype=dtype)
+    student_arguments = StudentArguments(str(phi_smollm.student))
+    teacher = load_teacher(arguments, student_arguments, TrainingArguments(str(tmp_path), use_cpu=True))
+    freeze(teacher.model)
+    assert teacher.model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    inputs, expected = batch_and_logits(phi_smollm.teacher, teacher.n_tokens)
+    got = DistillationTrainer.frozen_logits(teacher.model, inputs, "teacher_", teacher.n_tokens)
+    assert got.dtype == teacher.model.dtype
+    torch.testing.assert_close(got.float(), expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("on_disk", ["model.embed_tokens", "model.layers.1"])
+def test_a_teacher_whose_layers_lie_apart(phi_smollm, tmp_path, on_disk):
+    """As auto places one that is larger than its devices: hooks bring each layer's input and weights together."""
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    places = {part: "disk" if part == on_disk else "cpu" for part in parts}
+    model = AutoModelForCausalLM.from_pretrained(phi_smollm.teacher, device_map=places, offload_folder=tmp_path)
+    freeze(model)
+    inputs, expected = batch_and_logits(phi_smollm.teacher, 32_000)
+    torch.testing.assert_close(DistillationTrainer.frozen_logits(model, inputs, "teacher_", 32_000), expected)
+
+
+def batch_and_logits(path, n_tokens):
+    """Two rows of 7 and 5 tokens, whose last 3 are the response, and the plain model's logits for those."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 30_000, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    positions = torch.tensor([3, 4, 5, 7 + 1, 7 + 2, 7 + 3])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(path)(input_ids=ids, attention_mask=mask).logits
+    inputs = {"teacher_input_ids": ids, "teacher_attention_mask": mask, "teacher_positions": positions}
+    return inputs, torch.cat([logits[0, 3:6], logits[1, 1:4]])[:, :n_tokens]
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def lora_arguments(pair, dolly, output, **changes):
+    arguments = {
+        "model_name_or_path": pair.student,
+        "train_file": dolly.train,
+        "output_dir": output,
+        "do_train": True,
+        "use_cpu": True,
+        "use_lora": True,
+        "lora_rank": 8,
+        "lora_dropout": 0.1,
+        "block_size": 96,
+        "max_steps": 8,
+        "save_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-2,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return flags(**{**arguments, **changes})
+
+
+@pytest.fixture(scope="module")
+def lora(phi_smollm, dolly, tmp_path_factory):
+    """A run whose adapter is merged; and one stopped while it saved its second checkpoint, and then gone on with."""
+    folder = tmp_path_factory.mktemp("lora")
+    run_script(SFT, *lora_arguments(phi_smollm, dolly, folder / "merged", merge_lora=True))
+    shutil.copytree(folder / "merged/checkpoint-4", folder / "adapter/checkpoint-4")
+    shutil.copytree(folder / "merged/checkpoint-8", folder / "adapter/checkpoint-8")
+    (folder / "adapter/checkpoint-8/trainer_state.json").unlink()
+    said = run_script(SFT, *lora_arguments(phi_smollm, dolly, folder / "adapter")).stderr
+    return SimpleNamespace(merged=folder / "merged", adapter=folder / "adapter", said=said)
+
+
+def logits_of(model):
+    ids = torch.arange(100, 140).view(2, 20)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_only_adapters_are_trained_and_saved(lora, phi_smollm):
+    logged = steps(lora.merged)
+    assert sum(e["loss"] for e in logged[-3:]) < 0.98 * sum(e["loss"] for e in logged[:3])
+    assert not (lora.adapter / "model.safetensors").exists()
+    for folder in (lora.adapter, lora.adapter / "checkpoint-8", lora.merged / "adapter"):
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert weights and all("lora_A" in name or "lora_B" in name for name in weights)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(phi_smollm.student) and config["r"] == 8
+    base, merged = (load_file(path / "model.safetensors") for path in (phi_smollm.student, lora.merged))
+    assert base.keys() == merged.keys()
+    for name in base:
+        assert torch.equal(base[name], merged[name]) != ("_proj" in name), name
+
+
+def test_merged_model_and_adapter_give_the_same_logits(lora, phi_smollm):
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(lora.merged))
+    for folder in (lora.merged / "adapter", lora.adapter):
+        torch.testing.assert_close(
+            logits_of(AutoPeftModelForCausalLM.from_pretrained(folder)), merged, atol=1e-4, rtol=0
+        )
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(lora.adapter)), merged, atol=1e-4, rtol=0)
+    assert (logits_of(AutoModelForCausalLM.from_pretrained(phi_smollm.student)) - merged).abs().max() > 0.1
+    assert len(AutoTokenizer.from_pretrained(lora.merged)) == len(AutoTokenizer.from_pretrained(phi_smollm.student))
+
+
+def test_a_stopped_run_goes_on_from_the_last_complete_checkpoint(lora):
+    assert f"{lora.adapter / 'checkpoint-8'} is incomplete" in lora.said
+    assert f"Going on from {lora.adapter / 'checkpoint-4'}" in lora.said
+    expected, got = steps(lora.merged), steps(lora.adapter)
+    assert [entry["step"] for entry in got] == list(range(1, 9))
+    for want, entry in zip(expected, got):
+        assert entry["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_target_modules": "qkv_proj"}, "--lora_target_modules qkv_proj: "),
+        (
+            {"merge_lora": True, "deepspeed": ROOT / "config/deepspeed_zero3_config.json"},
+            "--merge_lora is True: leave it out under ZeRO-3",
+        ),
+    ],
+)
+def test_a_bad_lora_run_is_told(phi_smollm, dolly, tmp_path, changes, message):
+    launch = launcher(1, deepspeed="deepspeed" in changes, port=29603)
+    done = run_script(SFT, *lora_arguments(phi_smollm, dolly, tmp_path, **changes), launch=launch, fails=True)
+    assert message in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_the_last_complete_checkpoint(tmp_path):
+    assert last_complete_checkpoint(str(tmp_path / "nowhere")) is None
+    assert last_complete_checkpoint(str(tmp_path)) is None
+    state = json.dumps({"global_step": 1, "log_history": []})
+    for step in (4, 8, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-16").mkdir()  # stopped before the state was written
+    (tmp_path / "checkpoint-12/trainer_state.json").write_text(state[: len(state) // 2])  # and while it was
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-8")
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("")
+    assert last_complete_checkpoint(str(tmp_path)) is None
