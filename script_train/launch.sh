@@ -1,0 +1,139 @@
+# Sourced by the training scripts: finds the devices, and starts a Python script on them.
+#
+#     source script_train/launch.sh
+#     launch modeling/run_clm_sft.py --model_name_or_path …     # relative to the project, or an absolute path
+#
+# Read from the environment, each with what it is by default:
+#   DEVICE       npu, cuda or cpu                       what torch sees
+#   NPROC        processes on each machine              one an accelerator; with HOSTFILE its slots; 1 on cpu
+#   HOSTFILE     DeepSpeed hostfile: several machines   this machine alone
+#   MASTER_PORT  port of rank 0                         29500
+#   ZERO         2 or 3: the file in config/            2
+#   PRECISION    bf16, fp16 or fp32                     bf16 on an accelerator, fp32 on cpu
+#   PYTHON       the interpreter                        .venv/bin/python, else python3
+#   DRY_RUN      1 prints commands, and runs none       0
+
+CDM_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command, or prints it as it could be pasted into a shell.
+run() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
+
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=$CDM_ROOT/.venv/bin/python
+    [[ -x $PYTHON ]] || PYTHON=python3
+fi
+# DeepSpeed calls the ninja that is installed beside the interpreter.
+if [[ $PYTHON == */* ]]; then
+    PATH=$(cd -- "$(dirname -- "$PYTHON")" && pwd):$PATH
+fi
+
+# Prints "DEVICE COUNT" as torch sees them. torch loads installed backends such as torch-npu by itself.
+detect_devices() {
+    "$PYTHON" - <<'EOF'
+import sys
+
+try:
+    import torch
+except Exception as error:
+    causes = dict.fromkeys(str(e).strip() for e in (error, error.__cause__) if e is not None)
+    sys.exit(
+        "error: torch cannot be imported: " + "\n".join(causes) + "\n"
+        "If torch-npu is named there: source the set_env.sh of its Ascend toolkit, or, where there is no NPU, "
+        "uninstall torch-npu. transformers imports it too, so that no training could start."
+    )
+device = torch.accelerator.current_accelerator(check_available=True)
+print(*(("cpu", 1) if device is None else (device.type, torch.accelerator.device_count())))
+EOF
+}
+
+# Sets DEVICE, and DEVICE_COUNT where it was not NPROC that was given. Looks only once.
+choose_devices() {
+    if [[ -z ${DEVICE:-} || (-z ${NPROC:-} && -z ${DEVICE_COUNT:-} && $DEVICE != cpu) ]]; then
+        local found wanted=${DEVICE:-}
+        found=$(detect_devices) || exit 1
+        read -r DEVICE DEVICE_COUNT <<<"$found"
+        if [[ -n $wanted && $wanted != "$DEVICE" ]]; then
+            die "DEVICE=$wanted, but torch sees: $DEVICE. Give NPROC too, to start it all the same."
+        fi
+    fi
+    case $DEVICE in
+        npu | cuda) PRECISION=${PRECISION:-bf16} ;;
+        cpu)
+            PRECISION=${PRECISION:-fp32} DEVICE_COUNT=1
+            export DS_ACCELERATOR=cpu   # or DeepSpeed looks for itself, and warns that it finds nothing
+            # Threads that wait must not spin: a tenth slower on an idle machine, several times faster on a busy one.
+            export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+            ;;
+        *) die "DEVICE=$DEVICE is none of npu, cuda, cpu." ;;
+    esac
+}
+
+# The devices that the user allows, "2,3"; empty where all are.
+visible_devices() {
+    case $DEVICE in
+        npu) printf '%s' "${ASCEND_RT_VISIBLE_DEVICES:-}" ;;
+        cuda) printf '%s' "${CUDA_VISIBLE_DEVICES:-}" ;;
+    esac
+}
+
+# launch SCRIPT ARGUMENTS…: an argument that stands here too overrides what is chosen for the device.
+launch() {
+    local script=$1
+    shift
+    [[ $script == /* ]] || script=$CDM_ROOT/$script
+    choose_devices
+
+    local -a command=("$PYTHON") flags=()
+    local processes=${NPROC:-$DEVICE_COUNT} visible
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || die "NPROC=$processes is not a number of processes."
+    [[ $DEVICE != cpu ]] || flags+=(--use_cpu true)
+    case $PRECISION in
+        bf16 | fp16) flags+=("--$PRECISION" true) ;;
+        fp32) ;;
+        *) die "PRECISION=$PRECISION is none of bf16, fp16, fp32." ;;
+    esac
+
+    # One process on the CPU is plain Python; everything else DeepSpeed starts.
+    if [[ $DEVICE != cpu || $processes -gt 1 || -n ${HOSTFILE:-} ]]; then
+        command+=(-m deepspeed.launcher.runner --master_port "${MASTER_PORT:-29500}")
+        if [[ -n ${HOSTFILE:-} ]]; then
+            # DeepSpeed would go on with this machine alone.
+            [[ -f $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE: there is no such file."
+            command+=(--hostfile "$HOSTFILE")
+            [[ -z ${NPROC:-} ]] || command+=(--num_gpus "$NPROC")
+        elif visible=$(visible_devices) && [[ -n $visible ]]; then
+            # With --num_gpus, DeepSpeed would take the first devices instead of the visible ones.
+            local -a ids
+            IFS=, read -r -a ids <<<"$visible"
+            ((processes <= ${#ids[@]})) || die "NPROC=$processes, but only the devices $visible are visible."
+            visible=$(IFS=, && printf '%s' "${ids[*]:0:processes}")
+            command+=(--include "localhost:$visible")
+        else
+            command+=(--num_gpus "$processes")
+        fi
+        case ${ZERO:-2} in
+            2) flags+=(--deepspeed "$CDM_ROOT/config/deepspeed_config.json") ;;
+            3) flags+=(--deepspeed "$CDM_ROOT/config/deepspeed_zero3_config.json") ;;
+            *) die "ZERO=$ZERO is none of 2, 3." ;;
+        esac
+        # Otherwise each process takes all cores.
+        if [[ $DEVICE == cpu && -z ${OMP_NUM_THREADS:-} ]]; then
+            local cores
+            cores=$(nproc)
+            export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+        fi
+    fi
+    run "${command[@]}" "$script" "${flags[@]}" "$@"
+}

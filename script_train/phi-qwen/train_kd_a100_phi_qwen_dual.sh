@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# CDM with two teachers: Phi-3-mini teaches Qwen2-0.5B across tokenizers, and Qwen2-7B teaches it token by token. Every
+# setting can be given in front of the command, and any further argument of modeling/run_clm_distill_CDM.py behind it:
+#
+#     EPOCHS=5 DATA=data/dolly_train.jsonl bash script_train/phi-qwen/train_kd_a100_phi_qwen_dual.sh --save_total_limit 2
+#
+# DEVICE, NPROC, HOSTFILE, PRECISION, PYTHON and DRY_RUN: see script_train/launch.sh.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
+
+TEACHER=${TEACHER:-microsoft/Phi-3-mini-4k-instruct}   # hub name or folder; the paper's teachers are fine-tuned first (train_sft_a100_phi.sh)
+SAME_TEACHER=${SAME_TEACHER:-Qwen/Qwen2-7B}            # hub name or folder, with the student's tokenizer
+STUDENT=${STUDENT:-Qwen/Qwen2-0.5B}                    # hub name or folder
+DATA=${DATA:-$CDM_ROOT/data/dolly_train.sample.json}   # the 50-row sample; data/prepare_data.py makes the full file
+VALIDATION=${VALIDATION:-}                             # held-out file of the same form; none = no evaluation
+OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/phi_qwen_dual}      # the trained student, its logs and its curves
+
+MAPPER_KIND=${MAPPER_KIND:-em}                         # em, MinED or prefixEM: what "exact match" means in step 4
+MAPPER=${MAPPER:-$CDM_ROOT/outputs/mappers/${TEACHER##*/}-to-${STUDENT##*/}.$MAPPER_KIND.safetensors}  # built if not there
+CROSS_WEIGHT=${CROSS_WEIGHT:-0.5}                      # the first teacher's share of KD, 0 to 1
+TEACHER_ZERO3=${TEACHER_ZERO3:-false}                  # true: shard both teachers over the devices
+KD_ALPHA=${KD_ALPHA:-0.5}                              # share of cross-entropy in the loss, 0 to 1
+KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}                  # divides both sides' logits
+TOPK=${TOPK:-100}                                      # tokens of each side that a group maps
+SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}                  # nearer strings count as similar, above 0, at most 1
+ALIGNMENT=${ALIGNMENT:-dtw}                            # dtw (the paper's) or byte (exact, by byte positions)
+
+EPOCHS=${EPOCHS:-3}
+LEARNING_RATE=${LEARNING_RATE:-2e-5}
+SCHEDULER=${SCHEDULER:-cosine}
+WARMUP=${WARMUP:-0.03}                                 # steps, or below 1 the share of all steps
+BATCH_SIZE=${BATCH_SIZE:-4}                            # examples a device and forward
+ACCUMULATION=${ACCUMULATION:-8}                        # forwards a step
+BLOCK_SIZE=${BLOCK_SIZE:-512}                          # tokens an example may have, on either side
+SEED=${SEED:-42}
+ZERO=${ZERO:-2}                                        # DeepSpeed ZeRO stage, 2 or 3
+WORKERS=${WORKERS:-4}                                  # processes that tokenise the data
+REPORT_TO=${REPORT_TO:-tensorboard}                    # tensorboard or none
+
+if [[ ! -f $MAPPER ]]; then
+    run "$PYTHON" "$CDM_ROOT/get_vocab_mapper/get_${MAPPER_KIND}_mapper.py" \
+        --teacher "$TEACHER" --student "$STUDENT" --simi_threshold "$SIMI_THRESHOLD" --output "$MAPPER"
+fi
+echo "mapper: $MAPPER" >&2
+
+evaluation=()
+if [[ -n $VALIDATION ]]; then
+    evaluation=(--do_eval true --validation_file "$VALIDATION" --eval_strategy epoch)
+fi
+
+launch modeling/run_clm_distill_CDM.py \
+    --model_name_or_path "$STUDENT" \
+    --teacher_path "$TEACHER" \
+    --same_tokenizer_teacher_path "$SAME_TEACHER" \
+    --cross_weight "$CROSS_WEIGHT" \
+    --teacher_zero3 "$TEACHER_ZERO3" \
+    --teacher_to_student_id_mapping "$MAPPER" \
+    --train_file "$DATA" \
+    --output_dir "$OUTPUT" \
+    --do_train true \
+    --kd_alpha "$KD_ALPHA" \
+    --kd_temperature "$KD_TEMPERATURE" \
+    --topk "$TOPK" \
+    --simi_threshold "$SIMI_THRESHOLD" \
+    --alignment "$ALIGNMENT" \
+    --block_size "$BLOCK_SIZE" \
+    --preprocessing_num_workers "$WORKERS" \
+    --num_train_epochs "$EPOCHS" \
+    --learning_rate "$LEARNING_RATE" \
+    --lr_scheduler_type "$SCHEDULER" \
+    --warmup_steps "$WARMUP" \
+    --per_device_train_batch_size "$BATCH_SIZE" \
+    --per_device_eval_batch_size "$BATCH_SIZE" \
+    --gradient_accumulation_steps "$ACCUMULATION" \
+    --logging_steps 10 \
+    --save_strategy epoch \
+    --seed "$SEED" \
+    --report_to "$REPORT_TO" \
+    "${evaluation[@]}" "$@"

