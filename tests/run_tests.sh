@@ -2,8 +2,10 @@
 # Installs what the tests need and runs them. Arguments go to pytest, paths relative to the project:
 #
 #     bash tests/run_tests.sh tests/unit -k mapper
+#
+# WORKERS processes share the test files (2); 0 runs them in this process, for a debugger.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../script_train/setup_env.sh"
 setup_env requirements-dev.txt
 cd "$CDM_ROOT"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

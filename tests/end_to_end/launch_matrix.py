@@ -11,14 +11,12 @@ relative difference of any step's loss between the uninterrupted and the resumed
 import argparse
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import psutil
@@ -52,6 +50,7 @@ class Bench:
         return self.folder / "train.json"
 
     def make(self) -> "Bench":
+        self.folder.mkdir(parents=True, exist_ok=True)
         dolly_file(self.train, range(STEPS * ROWS_A_STEP), shorter_than=700)
         texts = [row["prefix"] + row["text"] for row in json.loads(self.train.read_text())]
         byte_level, sentencepiece = _byte_level(texts), sentencepiece_bpe(texts, vocab_size=1500)
@@ -141,18 +140,19 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_cell(bench: Bench, script: str, way: str) -> dict:
-    """`losses` of the uninterrupted run, and of the one that was killed after step 2 and started again."""
-    whole, killed = (bench.folder / f"{script} {way} {name}" for name in ("whole", "killed"))
-    run(bench.command(script, way, whole))
-    command = bench.command(script, way, killed)
-    run(command, kill_at=killed / "checkpoint-2/trainer_state.json")
-    # What the kill can leave behind: a later checkpoint begun, but none that is whole.
+def uninterrupted_losses(bench: Bench, script: str, way: str) -> list[float]:
+    folder = bench.folder / f"{script} {way}"
+    run(bench.command(script, way, folder))
+    return losses(folder)
+
+
+def resumed_losses(bench: Bench, script: str, way: str) -> list[float]:
+    """Of the run that was killed after step 2 and started again."""
+    folder = bench.folder / f"{script} {way} killed"
+    command = bench.command(script, way, folder)
+    run(command, kill_at=folder / "checkpoint-2/trainer_state.json")
     run(command)
-    cell = {"losses": losses(whole), "resumed_losses": losses(killed)}
-    for folder in (whole, killed):
-        shutil.rmtree(folder)
-    return cell
+    return losses(folder)
 
 
 def losses(folder: Path) -> list[float]:
@@ -165,28 +165,23 @@ def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a, b))
 
 
-def cells(bench: Bench, scripts: list[str], ways: list[str]) -> Iterator[tuple[str, str, dict]]:
-    for script in scripts:
-        for way in ways:
-            yield script, way, run_cell(bench, script, way)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="plain is always needed")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the reference")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = parser.parse_args()
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder)).make()
-        print("| script | way | loss of step 1 | against plain | resumed against uninterrupted |")
+        print("| script | way | loss of step 1 | against the first way | resumed against uninterrupted |")
         print("|---|---|---|---|---|")
-        for script, way, cell in cells(bench, arguments.scripts, arguments.ways):
-            results.setdefault(script, {})[way] = cell
-            first, plain = cell["losses"][0], results[script].get("plain", cell)["losses"][0]
-            resumed = largest_difference(cell["losses"], cell["resumed_losses"])
-            print(f"| {script} | {way} | {first:.6f} | {abs(first - plain) / plain:.1e} | {resumed:.1e} |")
+        for script, way in product(arguments.scripts, arguments.ways):
+            whole, resumed = uninterrupted_losses(bench, script, way), resumed_losses(bench, script, way)
+            results.setdefault(script, {})[way] = {"uninterrupted": whole, "resumed": resumed}
+            first, plain = whole[0], results[script][arguments.ways[0]]["uninterrupted"][0]
+            difference = largest_difference(whole, resumed)
+            print(f"| {script} | {way} | {first:.6f} | {abs(first - plain) / plain:.1e} | {difference:.1e} |")
             sys.stdout.flush()
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2))
