@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Code: pass@1 of greedy solutions on HumanEval(+) and MBPP(+), through EvalPlus.
+#
+#     MODEL=outputs/student bash script_eval/eval_code_task.sh
+#
+# The model is asked in the training template. The solutions come from generate.py, so that every device that torch
+# knows will do, and are then run by EvalPlus. They are code that nobody has read: EvalPlus's sandbox and limits stay
+# on, and are no full protection; use a container or a machine that may be lost.
+#
+# EvalPlus 0.3.1 lets no solution of HumanEval/32 pass, not even its own: 163 of 164, 99.39, is the most.
+#
+# Every setting can be given in front of the command, and any further argument of generate.py behind it. Interrupted, it
+# goes on at the first missing solution. Environment and devices: see common.sh.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" requirements-eval.txt
+require_model
+require_module evalplus
+
+DATA_DIR=${DATA_DIR:-}                                      # holds HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz, itself
+                                                            # or in evalplus/; empty = EvalPlus downloads them
+DATASETS=${DATASETS:-humaneval mbpp}
+LIMIT=${LIMIT:-}                                            # the first so many tasks of each; none = all
+OUTPUT=${OUTPUT:-$(output_folder code)}                     # results.json, and the generations
+
+MAX_LENGTH=${MAX_LENGTH:-1024}                              # tokens of prompt and response in all
+MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-$((MAX_LENGTH / 2))} # the rest is for the response
+BATCH_SIZE=${BATCH_SIZE:-16}                                # prompts a device and forward
+DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
+PARALLEL=${PARALLEL:-}                                      # solutions run at a time; none = half the cores
+MIN_TIME_LIMIT=${MIN_TIME_LIMIT:-1}                         # seconds that a test may take at least (EvalPlus's own: 1)
+
+read -ra datasets <<<"$DATASETS"
+
+# find_data VARIABLE NAME: exports the variable in which EvalPlus takes a local file.
+find_data() {
+    local name
+    for name in "$DATA_DIR"/{,evalplus/}"$2".jsonl{.gz,}; do
+        if [[ -f $name ]]; then
+            export "$1=$name"
+            return
+        fi
+    done
+}
+
+if [[ -n $DATA_DIR ]]; then
+    find_data HUMANEVAL_OVERRIDE_PATH HumanEvalPlus
+    find_data MBPP_OVERRIDE_PATH MbppPlus
+fi
+
+for dataset in "${datasets[@]}"; do
+    case $dataset in
+        humaneval) local_file=${HUMANEVAL_OVERRIDE_PATH:-} ;;
+        mbpp) local_file=${MBPP_OVERRIDE_PATH:-} ;;
+        *) die "DATASETS: $dataset is none of humaneval, mbpp." ;;
+    esac
+    if [[ -n $DATA_DIR && -z $local_file ]]; then
+        printf '%s: missing, it is not in %s\n' "$dataset" "$DATA_DIR" >&2
+        continue
+    fi
+    folder=$OUTPUT/$dataset
+    samples=$folder/samples.jsonl
+    results=$folder/samples_eval_results.json
+    run "$PYTHON" "$EVAL_DIR/code_task.py" prompts --dataset "$dataset" --output "$folder/prompts.jsonl" \
+        ${LIMIT:+--limit "$LIMIT"}
+    generate --model "$MODEL" --data "$folder/prompts.jsonl" --output "$folder/generations.jsonl" --greedy \
+        --max_length "$MAX_LENGTH" --max_prompt_length "$MAX_PROMPT_LENGTH" --batch_size "$BATCH_SIZE" \
+        --dtype "$DTYPE" "$@"
+    run "$PYTHON" "$EVAL_DIR/code_task.py" samples --dataset "$dataset" --prompts "$folder/prompts.jsonl" \
+        --generations "$folder/generations.jsonl" --output "$samples"
+    # EvalPlus takes results that are there already, whatever the samples.
+    [[ ! $samples -nt $results ]] || run rm -f "$results"
+    if [[ ! -e $results ]]; then
+        run "$PYTHON" -m evalplus.evaluate --dataset "$dataset" --samples "$samples" \
+            --min_time_limit "$MIN_TIME_LIMIT" ${PARALLEL:+--parallel "$PARALLEL"}
+    fi
+done
+run "$PYTHON" "$EVAL_DIR/collect_results.py" code --folder "$OUTPUT" --model "$MODEL" --sets "${datasets[@]}" \
+    --min_time_limit "$MIN_TIME_LIMIT"

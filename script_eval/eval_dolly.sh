@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Instruction following, by the protocol of DSKD (arXiv 2406.17328): ROUGE-L of sampled responses, mean over five seeds.
+#
+#     MODEL=outputs/student bash script_eval/eval_dolly.sh
+#     MODEL=outputs/student SETS=dolly SEEDS="10 20" bash script_eval/eval_dolly.sh
+#
+# Every setting can be given in front of the command, and any further argument of generate.py behind it. Interrupted, it
+# goes on at the first missing set, seed and row. Environment and devices: see common.sh.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" requirements.txt
+require_model
+
+DATA_DIR=${DATA_DIR:-$CDM_ROOT/data}                        # holds SET/valid.jsonl, with prompt and output
+SETS=${SETS:-dolly self-inst vicuna sinst uinst}            # a set without file is reported as missing
+SEEDS=${SEEDS:-10 20 30 40 50}
+LIMIT=${LIMIT:-}                                            # the first so many rows of each set; none = all
+OUTPUT=${OUTPUT:-$(output_folder instructions)}             # results.json, and the generations
+
+MAX_LENGTH=${MAX_LENGTH:-512}                               # tokens of prompt and response in all
+MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-$((MAX_LENGTH / 2))} # the rest is for the response, as in DSKD
+TEMPERATURE=${TEMPERATURE:-1.0}
+TOP_P=${TOP_P:-1.0}
+TOP_K=${TOP_K:-0}                                           # 0 = off
+DSKD_COMPAT=${DSKD_COMPAT:-0}                               # 1: no 6-gram repeated, prompts cut on the right
+BATCH_SIZE=${BATCH_SIZE:-16}                                # prompts a device and forward
+DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
+
+read -ra sets <<<"$SETS"
+read -ra seeds <<<"$SEEDS"
+[[ $DSKD_COMPAT != 1 ]] || set -- --dskd_compat "$@"
+
+# Prints the file of a set; DSKD keeps those with long responses in a subfolder 11_.
+file_of() {
+    local name
+    for name in "$1" "$1/11_"; do
+        if [[ -f $DATA_DIR/$name/valid.jsonl ]]; then
+            printf '%s' "$DATA_DIR/$name/valid.jsonl"
+            return
+        fi
+    done
+}
+
+for set in "${sets[@]}"; do
+    data=$(file_of "$set")
+    if [[ -z $data ]]; then
+        printf '%s: missing, there is no %s\n' "$set" "$DATA_DIR/$set/valid.jsonl" >&2
+        continue
+    fi
+    limit=$LIMIT
+    # The first 10,000 of the 60,000.
+    if [[ $set == uinst ]] && ((${limit:-10000} >= 10000)); then limit=10000; fi
+    generate --model "$MODEL" --data "$data" --output "$OUTPUT/$set/{seed}.jsonl" --seed "${seeds[@]}" \
+        --max_length "$MAX_LENGTH" --max_prompt_length "$MAX_PROMPT_LENGTH" --temperature "$TEMPERATURE" \
+        --top_p "$TOP_P" --top_k "$TOP_K" --batch_size "$BATCH_SIZE" --dtype "$DTYPE" ${limit:+--limit "$limit"} "$@"
+    for seed in "${seeds[@]}"; do
+        generations=$OUTPUT/$set/$seed.jsonl
+        scores=$OUTPUT/$set/$seed.scores.json
+        if [[ ! -e $scores || $generations -nt $scores ]]; then
+            run "$PYTHON" "$EVAL_DIR/score_rouge.py" --data "$data" --generations "$generations" --output "$scores" \
+                ${limit:+--limit "$limit"}
+        fi
+    done
+done
+run "$PYTHON" "$EVAL_DIR/collect_results.py" instructions --folder "$OUTPUT" --model "$MODEL" --sets "${sets[@]}" \
+    --seeds "${seeds[@]}"

@@ -1,0 +1,445 @@
+"""Any number of runs as one table (Markdown and CSV), and as pictures: training curves, and scores with error bars.
+
+    python script_eval/summarize.py outputs/sft outputs/cdm outputs/uld --output outputs/summary
+    python script_eval/summarize.py outputs/comparison              # every run in this folder
+
+A run is a folder with a trainer_state.json (its curves), an eval_results.json (held-out rows), or results.json files of
+the evaluations, which are looked for in it, above all in its `evaluation` folder; checkpoints are passed over. A run
+called METHOD_seed7 or METHOD/seed_7 is one training seed of METHOD: such runs are averaged, with the standard deviation
+over them. For a single run the deviation is that over the sampling seeds. An eval_results.json in the run's
+`evaluation` folder counts before its own, so that all methods can be held against one teacher.
+
+What is not comparable is not averaged: runs of a method that were trained or evaluated with other settings, or on other
+numbers of rows. Between methods, a column with unlike settings has no best. Either is said under the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from eval_records import differences, read_json
+
+FILES = ("results.json", "eval_results.json", "trainer_state.json")
+SEED = re.compile(r"^(?P<method>.*?)[_\-.]?seed[_\-.=]?(?P<seed>\d+)$")
+OWN_TO_A_RUN = ("model", "model_fingerprint", "device", "seed", "sets")  # settings that comparable scores may differ in
+# Of eval_results.json: what every method measures. What else stands there tells its KD from another method's.
+MEASURED_BY_ALL = re.compile(
+    r"epoch|eval_(loss|ce_loss|kd_loss|perplexity|bits_per_byte|runtime|\w+_(time|per_second))"
+)
+BUDGET = ("max_steps", "num_train_epochs", "train_batch_size")  # of trainer_state.json
+
+# column, task, benchmark, metric; in the order of the table. Percentages, more is better.
+SCORES = (
+    ("Dolly", "instructions", "dolly", "rouge_l"),
+    ("SelfInst", "instructions", "self-inst", "rouge_l"),
+    ("Vicuna", "instructions", "vicuna", "rouge_l"),
+    ("S-NI", "instructions", "sinst", "rouge_l"),
+    ("UnNI", "instructions", "uinst", "rouge_l"),
+    ("HumanEval", "code", "HumanEval", "pass@1"),
+    ("HumanEval+", "code", "HumanEval+", "pass@1"),
+    ("MBPP", "code", "MBPP", "pass@1"),
+    ("MBPP+", "code", "MBPP+", "pass@1"),
+    ("GSM8K strict", "math", "GSM8K", "strict-match"),
+    ("GSM8K flexible", "math", "GSM8K", "flexible-extract"),
+)
+# column, key of eval_results.json; less is better.
+HELD_OUT = (("bits per byte", "eval_bits_per_byte"), ("KD", "eval_kd_loss"))
+LESS_IS_BETTER = tuple(column for column, _ in HELD_OUT)
+CURVES = (
+    ("loss", "Loss"),
+    ("ce_loss", "Cross-entropy (CE)"),
+    ("kd_loss", "Distillation (KD)"),
+    ("mapped_rate", "Mapped rate"),
+)
+
+
+# -------------------------------------------------------------------------------------------------- finding the runs
+
+
+@dataclass
+class Score:
+    """One figure of one run. Figures compare where `made_with` is equal."""
+
+    value: float
+    std: float | None
+    made_with: dict
+
+
+@dataclass
+class Run:
+    folder: Path
+    method: str
+    seed: str | None
+    scores: dict[str, Score] = field(default_factory=dict)
+    log: list[dict] = field(default_factory=list)
+    budget: dict | None = None
+
+    @property
+    def name(self) -> str:
+        return self.method if self.seed is None else f"{self.method}, seed {self.seed}"
+
+
+def run_folder(path: Path) -> Path:
+    """The run that a file belongs to: what holds the folder `evaluation` that it is in, or its own folder."""
+    parts = path.parent.parts
+    if "evaluation" in parts:
+        last = len(parts) - 1 - parts[::-1].index("evaluation")
+        return Path(*parts[:last])
+    return path.parent
+
+
+def name_of(folder: Path, given: Path) -> tuple[str, str | None]:
+    """`(method, training seed)` of a run found in a folder that was given."""
+    inside = folder.relative_to(given).parts
+    parts = inside or (given.resolve().name,)
+    match = SEED.match(parts[-1])
+    if match is None:
+        return "/".join(parts), None
+    method = "/".join([*parts[:-1], *([match["method"]] if match["method"] else [])])
+    parent = given if inside else given.resolve().parent
+    return method or parent.resolve().name, match["seed"]
+
+
+def find_runs(given: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs in these folders, in this order, and a message for each folder that holds none."""
+    runs: dict[Path, Run] = {}
+    messages = []
+    for top in given:
+        paths = sorted(p for name in FILES for p in top.rglob(name) if not any("checkpoint-" in x for x in p.parts))
+        if not paths:
+            messages.append(f"{top}: {'no results in it' if top.is_dir() else 'no such folder'}.")
+        for path in paths:
+            folder = run_folder(path)
+            # The folder that was given may itself lie in a run's `evaluation`.
+            folder = folder if folder.is_relative_to(top) else top
+            run = runs.setdefault(folder.resolve(), Run(folder, *name_of(folder, top)))
+            add_file(run, path)
+    # Folders of one name in different places are different methods.
+    places: dict[tuple, list[Run]] = {}
+    for run in runs.values():
+        places.setdefault((run.method, run.seed), []).append(run)
+    for same in places.values():
+        if len(same) > 1:
+            for run in same:
+                run.method = str(run.folder if run.seed is None else run.folder.parent / run.method)
+    return list(runs.values()), messages
+
+
+def add_file(run: Run, path: Path) -> None:
+    content = read_json(path)
+    if path.name == "trainer_state.json":
+        run.log = content["log_history"]
+        run.budget = {key: content.get(key) for key in BUDGET}
+    elif path.name == "eval_results.json":
+        criteria = sorted(key.removeprefix("eval_") for key in content if not MEASURED_BY_ALL.fullmatch(key))
+        before_its_own = run_folder(path) != path.parent
+        for column, key in HELD_OUT:
+            if key in content and (before_its_own or column not in run.scores):
+                made_with = {"measured with": criteria} if column == "KD" else {}
+                run.scores[column] = Score(content[key], None, made_with)
+    elif "scores" in content:
+        for column, task, benchmark, metric in SCORES:
+            entry = content["scores"].get(benchmark, {}).get(metric) if content["task"] == task else None
+            if entry is not None:
+                made_with = {k: v for k, v in content["settings"].items() if k not in OWN_TO_A_RUN}
+                made_with |= {"rows": content["counts"][benchmark], "seeds": content["seeds"]}
+                run.scores[column] = Score(entry["mean"], entry["std"], made_with)
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass
+class Cell:
+    """A method's figure in a column: None where its runs do not compare (`refused`) or none has it."""
+
+    mean: float | None = None
+    std: float | None = None
+    n_runs: int = 0
+    refused: bool = False
+
+    def text(self, digits: int) -> str:
+        if self.mean is None:
+            return "not averaged" if self.refused else "missing"
+        return f"{self.mean:.{digits}f}" + ("" if self.std is None else f" ± {self.std:.{digits}f}")
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(run.method, []).append(run)
+    return methods
+
+
+def columns_of(runs: Sequence[Run]) -> list[str]:
+    every = [*(score[0] for score in SCORES), *(column for column, _ in HELD_OUT)]
+    return [column for column in every if any(column in run.scores for run in runs)]
+
+
+def how_they_differ(dicts: Sequence[dict]) -> str | None:
+    """The first settings in which one of these is unlike the first of them, as text."""
+    for other in dicts[1:]:
+        if different := differences(dicts[0], other):
+            return "; ".join(f"{name} {shorten(a)} and {shorten(b)}" for name, a, b in different)
+    return None
+
+
+def shorten(value: object, longest: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def cell_of(runs: Sequence[Run], column: str) -> tuple[Cell, list[str]]:
+    """The cell of one method, and what has to be said about it."""
+    having = [run for run in runs if column in run.scores]
+    if not having:
+        return Cell(), [f"missing for {runs[0].method}."]
+    lacking = [run.name for run in runs if column not in run.scores]
+    messages = [f"missing for {'; '.join(lacking)}."] if lacking else []
+    scores = [run.scores[column] for run in having]
+    if len(scores) == 1:
+        return Cell(scores[0].value, scores[0].std, 1), messages
+    reason = how_they_differ([score.made_with for score in scores])
+    reason = reason or how_they_differ([run.budget for run in having if run.budget is not None])
+    if reason:
+        messages.append(f"the runs of {having[0].method} are not averaged, they differ in {reason}.")
+        return Cell(n_runs=len(scores), refused=True), messages
+    values = [score.value for score in scores]
+    return Cell(statistics.fmean(values), statistics.stdev(values), len(values)), messages
+
+
+def digits_of(column: str) -> int:
+    return 3 if column in LESS_IS_BETTER else 2
+
+
+def best_of(cells: dict[str, Cell], column: str) -> set[str]:
+    """The methods with the best figure, as it is printed. Nobody is best alone."""
+    figures = {name: round(cell.mean, digits_of(column)) for name, cell in cells.items() if cell.mean is not None}
+    if len(figures) < 2:
+        return set()
+    best = (min if column in LESS_IS_BETTER else max)(figures.values())
+    return {name for name, figure in figures.items() if figure == best}
+
+
+@dataclass
+class Table:
+    methods: dict[str, list[Run]]
+    columns: list[str]
+    cells: dict[str, dict[str, Cell]]  # column → method → cell
+    best: dict[str, set[str]]
+    messages: list[str]
+
+
+def make_table(runs: Sequence[Run]) -> Table:
+    methods, columns = by_method(runs), columns_of(runs)
+    table = Table(methods, columns, {}, {}, list(missing_seeds(methods)))
+    said: dict[str, list[str]] = {}  # message → the columns that it is about
+    for column in columns:
+        cells, messages = {}, []
+        for method, of_method in methods.items():
+            cells[method], of_cell = cell_of(of_method, column)
+            messages += of_cell
+        averaged = [r for m, cell in cells.items() if cell.mean is not None for r in methods[m] if column in r.scores]
+        reason = how_they_differ([run.scores[column].made_with for run in averaged])
+        if reason:
+            messages.append(f"the methods are not comparable, they differ in {reason}.")
+        table.cells[column] = cells
+        table.best[column] = set() if reason else best_of(cells, column)
+        for message in messages:
+            said.setdefault(message, []).append(column)
+    table.messages += [f"{', '.join(of_columns)}: {message}" for message, of_columns in said.items()]
+    budgets = {method: next((r.budget for r in of_method if r.budget), None) for method, of_method in methods.items()}
+    trained = {method: budget for method, budget in budgets.items() if budget}
+    if reason := how_they_differ(list(trained.values())):
+        table.messages.append(f"The methods were not trained alike ({', '.join(trained)}): {reason}.")
+    return table
+
+
+def missing_seeds(methods: dict[str, list[Run]]) -> Iterator[str]:
+    seeds = {method: {run.seed for run in runs if run.seed is not None} for method, runs in methods.items()}
+    every = set().union(*seeds.values())
+    for method, there in seeds.items():
+        if there and (missing := sorted(every - there, key=int)):
+            yield f"{method}: there is no run with seed {', '.join(missing)}, which other methods have."
+
+
+def markdown(table: Table) -> str:
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    arrows = [f"{column} {'↓' if column in LESS_IS_BETTER else '↑'}" for column in table.columns]
+    lines = [row(["", "runs", *arrows]), row(["---", *["---:"] * (len(arrows) + 1)])]
+    for method, runs in table.methods.items():
+        cells = []
+        for column in table.columns:
+            cell = table.cells[column][method]
+            text = cell.text(digits_of(column))
+            text = f"**{text}**" if method in table.best[column] else text
+            cells.append(text + (f" ({cell.n_runs} of {len(runs)})" if 0 < cell.n_runs < len(runs) else ""))
+        lines.append(row([method, str(len(runs)), *cells]))
+    explanation = (
+        "Percent, more is better (↑): ROUGE-L of the instruction sets, pass@1, exact match. Less is better (↓): on the "
+        "held-out rows. ± is the standard deviation, over training seeds where a method has several runs, else over "
+        "sampling seeds. The best of a column is bold."
+    )
+    notes = [f"- {message}" for message in table.messages]
+    return "\n".join([*lines, "", explanation, *(["", *notes] if notes else []), ""])
+
+
+def write_csv(runs: Sequence[Run], columns: Sequence[str], path: Path) -> None:
+    """One line a run and figure, not rounded: nothing is averaged here but over sampling seeds."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "training seed", "column", "value", "standard deviation", "rows", "folder"])
+        for run in runs:
+            for column in columns:
+                if score := run.scores.get(column):
+                    std = "" if score.std is None else score.std
+                    rows = score.made_with.get("rows", "")
+                    writer.writerow([run.method, run.seed or "", column, score.value, std, rows, run.folder])
+
+
+# -------------------------------------------------------------------------------------------------------- the pictures
+
+
+def styles(methods: Sequence[str]) -> dict[str, dict]:
+    """A look for each method. The colours run from dark to light, so that greyscale keeps them apart."""
+    colours = plt.get_cmap("viridis")
+    last = max(1, len(methods) - 1)
+    lines = ("-", "--", "-.", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
+    hatches = ("", "///", "...", "xxx", "---", "\\\\\\")
+    return {
+        method: {
+            "color": colours(0.88 * i / last),
+            "linestyle": lines[i % len(lines)],
+            "hatch": hatches[i % len(hatches)],
+        }
+        for i, method in enumerate(methods)
+    }
+
+
+def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path) -> bool:
+    """A panel for each logged figure, a line for each run; False where nothing was logged."""
+    runs = [run for of_method in methods.values() for run in of_method]
+    panels = [(key, title) for key, title in CURVES if any(key in entry for run in runs for entry in run.log)]
+    if not panels:
+        return False
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), layout="constrained", squeeze=False)
+    handles = {}
+    for (key, title), axis in zip(panels, axes[0]):
+        for method, of_method in methods.items():
+            for run in of_method:
+                points = [(entry["step"], entry[key]) for entry in run.log if key in entry and "step" in entry]
+                if points:
+                    style = {name: look[method][name] for name in ("color", "linestyle")}
+                    marker = "o" if len(points) < 3 else None
+                    (line,) = axis.plot(*zip(*points), linewidth=1.6, marker=marker, **style)
+                    handles.setdefault(method, line)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if key == "mapped_rate":
+            axis.set_ylim(0, 1.02)
+        else:
+            axis.set_ylabel("nats per response token")
+    legend_below(figure, handles)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def draw_bars(table: Table, look: dict[str, dict], path: Path) -> bool:
+    """The columns of the table as groups of bars, one panel for each direction; False where there is none."""
+    up = [column for column in table.columns if column not in LESS_IS_BETTER]
+    down = [column for column in table.columns if column in LESS_IS_BETTER]
+    panels = [(c, title) for c, title in ((up, "percent (more is better)"), (down, "held-out (less is better)")) if c]
+    if not panels:
+        return False
+    widths = [max(1.6, len(columns)) for columns, _ in panels]
+    size = (max(6.0, 1.2 + sum(widths) * (0.7 + 0.25 * len(table.methods))), 4.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, layout="constrained", squeeze=False)
+    handles = {}
+    for (columns, label), axis in zip(panels, axes[0]):
+        width = 0.8 / len(table.methods)
+        for i, method in enumerate(table.methods):
+            for place, column in enumerate(columns):
+                cell = table.cells[column][method]
+                if cell.mean is not None:
+                    bar = axis.bar(
+                        place + (i - (len(table.methods) - 1) / 2) * width,
+                        cell.mean,
+                        width,
+                        yerr=cell.std,
+                        capsize=3,
+                        color=look[method]["color"],
+                        hatch=look[method]["hatch"],
+                        edgecolor="white",
+                        # Dark whiskers vanish inside a dark bar.
+                        error_kw={"ecolor": "black", "elinewidth": 1.2, "path_effects": outline()},
+                    )
+                    handles.setdefault(method, bar)
+        axis.set_xticks(range(len(columns)), columns, rotation=25 if len(columns) > 4 else 0)
+        for tick in axis.get_xticklabels():
+            tick.set_ha("right" if len(columns) > 4 else "center")
+        axis.set(ylabel=label, xlim=(-0.6, len(columns) - 0.4))
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    legend_below(figure, handles)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def outline() -> list:
+    from matplotlib.patheffects import Normal, Stroke
+
+    return [Stroke(linewidth=3, foreground="white"), Normal()]
+
+
+def legend_below(figure, handles: dict) -> None:
+    n_columns = max(1, min(len(handles), 4))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=n_columns, handlelength=3.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def summarise(given: Sequence[Path], output: Path, say: Callable[[str], None] = print) -> Table:
+    runs, messages = find_runs(given)
+    if not runs:
+        raise ValueError("there is nothing to summarise: " + " ".join(messages))
+    table = make_table(runs)
+    table.messages[:0] = messages
+    output.mkdir(parents=True, exist_ok=True)
+    text = markdown(table)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    write_csv(runs, table.columns, output / "table.csv")
+    look = styles(list(table.methods))
+    files = ["table.md", "table.csv"]
+    files += ["curves.png"] * draw_curves(table.methods, look, output / "curves.png")
+    files += ["scores.png"] * draw_bars(table, look, output / "scores.png")
+    say(text)
+    say("Written: " + ", ".join(str(output / name) for name in files))
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="Runs, or folders with runs in them.")
+    parser.add_argument("--output", type=Path, default=Path("summary"), help="Folder for the table and the pictures.")
+    args = parser.parse_args()
+    try:
+        summarise(args.folders, args.output)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        sys.exit(f"error: {error}")
