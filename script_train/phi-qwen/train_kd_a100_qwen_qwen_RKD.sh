@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# RKD: distils Qwen2-7B into Qwen2-0.5B, which has the same tokenizer, by reverse KL. Every setting can be given in front of the command, and any further
-# argument of modeling/run_clm_llms_rkd.py behind it:
+# RKD: distils Qwen2-7B into Qwen2-0.5B, which has the same tokenizer, by reverse KL. Every setting can be given in front
+# of the command, and any further argument of modeling/run_clm_llms_rkd.py behind it:
 #
 #     EPOCHS=5 DATA=data/dolly_train.jsonl bash script_train/phi-qwen/train_kd_a100_qwen_qwen_RKD.sh --save_total_limit 2
 #
@@ -12,7 +12,7 @@ TEACHER=${TEACHER:-Qwen/Qwen2-7B}                      # hub name or folder; the
 STUDENT=${STUDENT:-Qwen/Qwen2-0.5B}                    # hub name or folder
 DATA=${DATA:-$CDM_ROOT/data/dolly_train.sample.json}   # the 50-row sample; data/prepare_data.py makes the full file
 VALIDATION=${VALIDATION:-}                             # held-out file of the same form; none = no evaluation
-OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/qwen_qwen_rkd}       # the trained student, its logs and its curves
+OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/qwen_qwen_rkd}      # the trained student, its logs and its curves
 
 KD_ALPHA=${KD_ALPHA:-0.5}                              # share of cross-entropy in the loss, 0 to 1
 KD_TEMPERATURE=${KD_TEMPERATURE:-2.0}                  # divides both sides' logits

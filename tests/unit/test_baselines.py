@@ -455,22 +455,35 @@ def test_a_token_that_maps_to_id_0_is_distilled(sides, tmp_path):
     assert logged["kd_loss"] == pytest.approx(logged["ce_loss"], rel=1e-5)
 
 
-METHODS = {
-    FKDTrainer: {"kd_temperature": 2.0},
-    RKDTrainer: {"kd_temperature": 2.0},
-    ULDTrainer: {"kd_temperature": 1.0},
-    MinEDTrainer: {"kd_temperature": 2.0},
-}
-
-
-@pytest.mark.parametrize("trainer_class", METHODS, ids=lambda c: c.__name__)
-def test_a_batch_without_responses_adds_nothing(sides, tmp_path, trainer_class):
-    teacher = sides.student if trainer_class in (FKDTrainer, RKDTrainer) else sides.teacher
-    options = dict(METHODS[trainer_class])
+def make_trainer_of(trainer_class, sides, folder):
+    """Any of the four, with what it needs beside the models."""
+    if trainer_class in (FKDTrainer, RKDTrainer):
+        return make_trainer(trainer_class, sides.student, sides.student, folder, kd_temperature=2.0)
+    options = {}
     if trainer_class is MinEDTrainer:
-        options["teacher_to_student"] = build_em(teacher.forms, sides.student.forms, progress=False).teacher_to_student
-    trainer = make_trainer(trainer_class, sides.student, teacher, tmp_path, **options)
-    full = [prepare_example(row, [sides.student, teacher], 512) for row in sides.rows[:2]]
+        mapper = build_mined(sides.teacher.forms, sides.student.forms, progress=False)
+        options["teacher_to_student"] = mapper.teacher_to_student
+    return make_trainer(trainer_class, sides.student, sides.teacher, folder, kd_temperature=2.0, **options)
+
+
+@pytest.mark.parametrize("trainer_class", [FKDTrainer, RKDTrainer, ULDTrainer, MinEDTrainer])
+def test_a_batch_is_the_sum_of_its_examples(sides, tmp_path, trainer_class):
+    trainer = make_trainer_of(trainer_class, sides, tmp_path)
+    _, together = evaluate(trainer, batch_of(trainer, sides.rows[:4]))
+    parts, n_tokens = [], []
+    for row in sides.rows[:4]:
+        inputs = batch_of(trainer, [row])
+        parts.append(evaluate(trainer, inputs)[1])
+        n_tokens.append(len(inputs["positions"]))
+    for name in together.keys() - {"bits_per_byte"}:
+        assert together[name] == pytest.approx(np.average([p[name] for p in parts], weights=n_tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer_class", [FKDTrainer, RKDTrainer, ULDTrainer, MinEDTrainer])
+def test_a_batch_without_responses_adds_nothing(sides, tmp_path, trainer_class):
+    trainer = make_trainer_of(trainer_class, sides, tmp_path)
+    encoders = [trainer.data_collator.student, trainer.data_collator.teacher]
+    full = [prepare_example(row, encoders, 512) for row in sides.rows[:2]]
     empty = [{k: [] if k.endswith("ends") else v for k, v in example.items()} for example in full]
 
     loss, logged = evaluate(trainer, trainer.data_collator(empty))
@@ -478,7 +491,6 @@ def test_a_batch_without_responses_adds_nothing(sides, tmp_path, trainer_class):
     loss.backward()
     assert all((p.grad == 0).all() for p in trainer.model.parameters() if p.grad is not None)
 
-    trainer.eval_means.reduce(trainer.accelerator)
     _, expected = evaluate(trainer, trainer.data_collator(full[:1]))
     _, mixed = evaluate(trainer, trainer.data_collator([empty[1], full[0]]))
     assert mixed == pytest.approx(expected, rel=1e-5)
