@@ -81,9 +81,9 @@ class ResponseTrainer(Trainer):
         return response_rows(logits, inputs["positions"], self.n_student_tokens)
 
     @staticmethod
-    def response_labels(inputs: dict) -> Tensor:
-        """int64 [R_S]: the response tokens themselves."""
-        return inputs["labels"].flatten()[inputs["positions"] + 1]
+    def response_labels(inputs: dict, side: str = "") -> Tensor:
+        """int64 [R]: the response tokens themselves, the student's, or with side "teacher_" the teacher's."""
+        return inputs[f"{side}labels"].flatten()[inputs[f"{side}positions"] + 1]
 
     # ------------------------------------------------------------------------------------------------ the step's loss
 

@@ -65,7 +65,7 @@ class MinEDTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.student_logits(model, inputs)  # z^S [R_S, V_S]
         teacher = self.teacher_logits(inputs)  # z^T [R_T, V_T]
-        labels, teacher_labels = self.response_labels(inputs), self.teacher_response_labels(inputs)  # s [R_S], t [R_T]
+        labels, teacher_labels = self.response_labels(inputs), self.response_labels(inputs, "teacher_")  # [R_S], [R_T]
 
         responses = [response for response in inputs["responses"] if len(response.ends)]
         aligned = [align(response) for response in responses]  # step 1
@@ -87,11 +87,6 @@ class MinEDTrainer(DistillationTrainer):
         for name, count in alignment_counts(ends, aligned).items():
             self.record(name, count, len(labels))
         return self.step_loss(inputs, ce, kd, num_items_in_batch)
-
-    @staticmethod
-    def teacher_response_labels(inputs: dict) -> Tensor:
-        """int64 [R_T]: the response tokens of the teacher's side."""
-        return inputs["teacher_labels"].flatten()[inputs["teacher_positions"] + 1]
 
 
 def align(r: Response) -> tuple[np.ndarray, np.ndarray]:

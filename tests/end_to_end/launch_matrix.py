@@ -20,11 +20,9 @@ from itertools import count, product
 from pathlib import Path
 
 import psutil
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from tests.end_to_end.rig import ROOT, dolly_file, environment, flags, launcher, run_script, steps, tiny_llama
-from tests.unit.tokenizer_zoo import sentencepiece_bpe
+from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
 
 SCRIPTS = {
     "SFT": "run_clm_sft.py",
@@ -53,7 +51,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         dolly_file(self.train, range(STEPS * ROWS_A_STEP), shorter_than=700)
         texts = [row["prefix"] + row["text"] for row in json.loads(self.train.read_text())]
-        byte_level, sentencepiece = _byte_level(texts), sentencepiece_bpe(texts, vocab_size=1500)
+        byte_level, sentencepiece = byte_level_bpe(texts, vocab_size=2000), sentencepiece_bpe(texts, vocab_size=1500)
         tiny_llama(self.folder / "student", byte_level, len(byte_level) + 40, seed=1)
         tiny_llama(self.folder / "same tokenizer", byte_level, len(byte_level) + 8, seed=2)
         tiny_llama(self.folder / "other tokenizer", sentencepiece, len(sentencepiece) + 16, seed=3)
@@ -98,20 +96,6 @@ class Bench:
             arguments["deepspeed"] = self.folder / f"zero{way[-1]}.json"
         launch = launcher(ranks, deepspeed=way.startswith("ZeRO"), port=next(ports))
         return [*launch, str(ROOT / "modeling" / SCRIPTS[script]), *flags(**arguments)]
-
-
-def _byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|end|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def run(command: list[str], kill_at: Path | None = None) -> None:
