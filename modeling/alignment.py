@@ -15,33 +15,31 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from modeling.divergences import as_float, in_row_chunks
+from modeling.divergences import Logits, chunks_with_buffers, float_dtype
 
 DIAGONAL, TEACHER_STEP, STUDENT_STEP = 0, 1, 2
+LEAST_LOGIT = -1e3  # below the largest; e to its power is 0 even in float64, and 0 times it is not NaN
 UNREACHABLE = 2**62  # above every path's cost, with room to add one more cost in int64
 
 
 @torch.no_grad()
-def entropy(logits: Tensor, chunk: int | None = None) -> Tensor:
+def entropy(logits: Logits) -> Tensor:
     """Entropy of softmax(logits) of every row, without a float32 copy of all logits (CDM, step 1).
 
     Args:
-        logits: `[R, V]`, any floating dtype, any row stride.
-        chunk: rows at a time; by default a small share of R.
+        logits: `[R, V]`, any floating dtype, any row stride. A logit of −∞ is a probability of 0.
 
     Returns:
         float32 `[R]`, in nats.
     """
-
-    def row_entropy(rows: Tensor) -> Tensor:
+    result = logits.new_empty(len(logits), dtype=float_dtype(logits))
+    for at, (z, exp) in chunks_with_buffers(logits, 2):
         # ln Σ eᶻ − Σ z eᶻ / Σ eᶻ, with z shifted to a maximum of 0: fewer passes than −Σ p ln p.
-        z = as_float(rows)
-        z = z - z.amax(-1, keepdim=True)
-        exp = z.exp()
-        total = exp.sum(-1)
-        return total.log() - exp.mul_(z).sum(-1) / total
-
-    return in_row_chunks(row_entropy, logits, chunk=chunk)
+        z.copy_(logits[at])
+        z.sub_(z.amax(-1, keepdim=True)).clamp_(min=LEAST_LOGIT)
+        total = torch.exp(z, out=exp).sum(-1)
+        result[at] = total.log() - torch.linalg.vecdot(exp, z) / total
+    return result
 
 
 @torch.no_grad()

@@ -17,7 +17,18 @@ from numba import njit
 from torch import Tensor
 
 from modeling.alignment import Groups
-from modeling.divergences import as_float, chunk_rows, in_row_chunks, restricted_kl
+from modeling.divergences import (
+    Logits,
+    as_float,
+    chunks_with_buffers,
+    cross_entropy_and_columns,
+    float_dtype,
+    in_row_chunks,
+    logsumexp_,
+    restricted_kl,
+)
+
+BLOCK = 64  # columns, for the search of the top k
 
 
 class DirectionMap(NamedTuple):
@@ -45,21 +56,24 @@ class ContextualKL:
         mapped_rate: float32 `[G]`, pairs found in both directions / 2k.
         teacher_mass: float32 `[G]`, the probability that the teacher's full distribution over its vocabulary
             (softmax of the group's mean logits, temperature 1) gives to the mapped of its top-k tokens.
+        ce: float32 `[R_S]`, the cross-entropy of each student token, in nats, with its gradient; None without labels.
     """
 
     kd: Tensor
     mapped_rate: Tensor
     teacher_mass: Tensor
+    ce: Tensor | None = None
 
 
 def contextual_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     groups: Groups,
     teacher_to_student: DirectionMap,
     student_to_teacher: DirectionMap,
     topk: int = 100,
     temperature: float = 1.0,
+    labels: Tensor | None = None,
 ) -> ContextualKL:
     """Divergence between teacher and student over the tokens that map to each other in context.
 
@@ -79,13 +93,18 @@ def contextual_kl(
         teacher_to_student, student_to_teacher: of V_T and of V_S tokens.
         topk: candidates of either side.
         temperature: τ > 0.
+        labels: int64 `[R_S]`, the student's response tokens, for their cross-entropy, which then shares one gradient
+            with the divergence.
 
     Raises:
         ValueError: a map's length is not its side's vocabulary, or the groups do not cover the logits.
     """
     _check_inputs(student_logits, teacher_logits, groups, teacher_to_student, student_to_teacher)
     if not len(groups):
-        return ContextualKL(*as_float(student_logits).new_zeros((3, 0)))
+        nothing = student_logits.new_empty(3, 0, dtype=float_dtype(student_logits))
+        # The cross-entropy of no token still has its (empty) gradient: every weight takes part in a backward pass.
+        ce = None if labels is None else cross_entropy_and_columns(student_logits, labels, labels[:, None])[0]
+        return ContextualKL(*nothing, ce=ce)
     device = student_logits.device
     k = min(topk, student_logits.shape[1], teacher_logits.shape[1])
 
@@ -103,13 +122,18 @@ def contextual_kl(
     matched_students, matched_teachers = torch.from_numpy(matches).to(device)
     found_students, found_teachers = matched_students >= 0, matched_teachers >= 0
 
-    # Columns 0 … k−1 are the pairs of P_→, columns k … 2k−1 those of P_←: one gather a side serves both.
-    teacher_columns = torch.cat([teacher_top.ids, matched_teachers], dim=1)
-    student_columns = torch.cat([matched_students, student_top.ids], dim=1)
     teacher_group, student_group, teacher_size, student_size = groups.tensors(device)
+    # Columns 0 … k−1 are the pairs of P_→, columns k … 2k−1 those of P_←.
     with torch.no_grad():
-        teacher = gather_group_logits(teacher_logits, teacher_group, teacher_size, teacher_columns)
-    student = gather_group_logits(student_logits, student_group, student_size, student_columns)
+        matched_logits = gather_group_logits(teacher_logits, teacher_group, teacher_size, matched_teachers)
+    teacher = torch.cat([teacher_top.values, matched_logits], dim=1)
+    student_columns = torch.cat([matched_students, student_top.ids], dim=1)
+    if labels is None:
+        ce, student = None, gather_group_logits(student_logits, student_group, student_size, student_columns)
+    else:
+        token_columns = student_columns.clamp(min=0)[student_group]
+        ce, token_logits = cross_entropy_and_columns(student_logits, labels, token_columns)
+        student = group_means(token_logits, student_group, student_size)
 
     forward = restricted_kl(teacher[:, :k], student[:, :k], found_students, temperature)
     backward = restricted_kl(teacher[:, k:], student[:, k:], found_teachers, temperature)
@@ -118,6 +142,7 @@ def contextual_kl(
         kd=(forward + backward) / 2,
         mapped_rate=(found_students.sum(1) + found_teachers.sum(1)) / (2 * k),
         teacher_mass=(probabilities * found_students).sum(1),
+        ce=ce,
     )
 
 
@@ -135,9 +160,7 @@ def _check_inputs(student_logits, teacher_logits, groups, teacher_to_student, st
         if other_map.static.max() >= vocabulary:
             raise ValueError(f"the mapper maps to {side} ids beyond the {vocabulary} columns of its logits")
         if size.sum() != n_rows:
-            raise ValueError(
-                f"the groups cover {size.sum()} {side} tokens, but there are {n_rows} rows of logits"
-            )
+            raise ValueError(f"the groups cover {size.sum()} {side} tokens, but there are {n_rows} rows of logits")
 
 
 class GroupTopK(NamedTuple):
@@ -155,7 +178,7 @@ class GroupTopK(NamedTuple):
 
 
 @torch.no_grad()
-def group_topk(logits: Tensor, sizes: np.ndarray, k: int, with_logsumexp: bool = False) -> GroupTopK:
+def group_topk(logits: Logits, sizes: np.ndarray, k: int, with_logsumexp: bool = False) -> GroupTopK:
     """The top k of each group's mean logits (CDM, step 4).
 
     Args:
@@ -164,41 +187,40 @@ def group_topk(logits: Tensor, sizes: np.ndarray, k: int, with_logsumexp: bool =
         k: ≤ V.
         with_logsumexp: whether to give the normaliser of softmax over the mean row as well.
     """
-    float_dtype = torch.promote_types(logits.dtype, torch.float32)
-    values = logits.new_empty(len(sizes), k, dtype=float_dtype)
+    dtype = float_dtype(logits)
+    values = logits.new_empty(len(sizes), k, dtype=dtype)
     ids = logits.new_empty(len(sizes), k, dtype=torch.int64)
-    logsumexp = logits.new_empty(len(sizes), dtype=float_dtype) if with_logsumexp else None
+    logsumexp = logits.new_empty(len(sizes), dtype=dtype) if with_logsumexp else None
     for at, rows in _mean_rows(logits, sizes):
         values[at], ids[at] = _ordered_topk(rows, k)
         if with_logsumexp:
-            logsumexp[at] = as_float(rows).logsumexp(-1)
+            logsumexp[at] = logsumexp_(rows)
     return GroupTopK(values, ids, logsumexp)
 
 
-def _mean_rows(logits: Tensor, sizes: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a few groups and their mean logits, `[groups, V]`, at a time; a view where no mean is needed."""
-    chunk = chunk_rows(len(logits))
+def _mean_rows(logits: Logits, sizes: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a few groups and their float32 mean logits, `[groups, V]`, at a time, in memory that may be overwritten."""
     ends = np.cumsum(sizes)
-    firsts = ends - sizes
     is_first = np.zeros(len(logits), dtype=bool)
-    is_first[firsts] = True
+    is_first[ends - sizes] = True
     others = np.flatnonzero(~is_first)  # the second and later tokens of groups
     groups_of_others = np.searchsorted(ends, others, side="right")
-    first_rows, sizes_there = torch.from_numpy(np.stack([firsts, sizes])).to(logits.device)
+    first_rows, sizes_there = torch.from_numpy(np.stack([ends - sizes, sizes])).to(logits.device)
     other_rows, other_groups = torch.from_numpy(np.stack([others, groups_of_others])).to(logits.device)
 
-    for start in range(0, len(sizes), chunk):
-        stop = min(start + chunk, len(sizes))
-        first_other, last_other = np.searchsorted(groups_of_others, (start, stop))
-        if first_other == last_other:
-            yield slice(start, stop), logits[firsts[start] : ends[stop - 1]]
-            continue
-        rows = as_float(logits[first_rows[start:stop]])
+    for at, (means,) in chunks_with_buffers(logits, 1, n_rows=len(sizes)):
+        if isinstance(logits, Tensor) and logits.dtype == means.dtype:
+            torch.index_select(logits, 0, first_rows[at], out=means)
+        else:
+            means.copy_(logits[first_rows[at]])
+        first_other, last_other = np.searchsorted(groups_of_others, (at.start, at.stop))
         # In pieces as well: one group may hold a whole response.
-        for piece in range(first_other, last_other, chunk):
-            at = slice(piece, min(piece + chunk, last_other))
-            rows.index_add_(0, other_groups[at] - start, as_float(logits[other_rows[at]]))
-        yield slice(start, stop), rows.div_(sizes_there[start:stop, None])
+        for start in range(first_other, last_other, len(means)):
+            piece = slice(start, min(start + len(means), last_other))
+            means.index_add_(0, other_groups[piece] - at.start, as_float(logits[other_rows[piece]]))
+        if first_other < last_other:
+            means.div_(sizes_there[at, None])
+        yield at, means
 
 
 def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +229,7 @@ def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     `torch.topk` leaves open which of equal values it takes, and bfloat16 logits are full of equal values.
     """
     vocabulary = rows.shape[1]
-    values, ids = rows.topk(min(k + 1, vocabulary))
+    values, ids = _topk(rows, min(k + 1, vocabulary))
     if k < vocabulary and _may_be_equal(values[:, k - 1], values[:, k]):
         last = values[:, k - 1 : k]
         low_ids_first = torch.arange(vocabulary, 0, -1, dtype=torch.int32, device=rows.device)
@@ -216,6 +238,21 @@ def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ids = torch.where(place_among_tied < 0, ids[:, :k], tied_ids.gather(1, place_among_tied.clamp(min=0)))
     ids = ids[:, :k].sort(dim=1).values
     values, order = rows.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`rows.topk(k)`, searched for in the k blocks of neighbours with the largest maxima: it can be nowhere else."""
+    n_blocks = rows.shape[1] // BLOCK
+    if n_blocks <= 2 * k:
+        return rows.topk(k)
+    in_blocks = n_blocks * BLOCK
+    maxima = rows[:, :in_blocks].unflatten(1, (n_blocks, BLOCK)).amax(-1)
+    blocks = maxima.topk(k, sorted=False).indices
+    ids = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=rows.device)).flatten(1)
+    rest = torch.arange(in_blocks, rows.shape[1], device=rows.device).expand(len(rows), -1)
+    ids = torch.cat([ids, rest], dim=1)
+    values, order = rows.gather(1, ids).topk(k)
     return values, ids.gather(1, order)
 
 
@@ -280,15 +317,14 @@ def _match(top_ids, other_top_ids, static, indptr, indices, distances, n_other_v
     return matches
 
 
-def gather_group_logits(logits: Tensor, group: Tensor, sizes: Tensor, columns: Tensor) -> Tensor:
+def gather_group_logits(logits: Logits, group: Tensor, sizes: Tensor, columns: Tensor) -> Tensor:
     """Mean logits of each group at chosen columns, read token by token (CDM, steps 3 and 5).
 
     The gradient with respect to the logits is sparse in content: only the columns read are not 0.
 
     Args:
         logits: `[R, V]`, any floating dtype, any row stride.
-        group: int64 `[R]`, the group of each token.
-        sizes: int64 `[G]`, the tokens of each group.
+        group, sizes: as in `group_means`.
         columns: int64 `[G, c]`; −1 stands for no column and reads column 0, for the caller to mask.
 
     Returns:
@@ -298,5 +334,18 @@ def gather_group_logits(logits: Tensor, group: Tensor, sizes: Tensor, columns: T
     token_logits = in_row_chunks(
         lambda rows, row_columns: as_float(rows.gather(1, row_columns)), logits, columns.clamp(min=0)[group]
     )
-    sums = token_logits.new_zeros(columns.shape).index_add(0, group, token_logits)
-    return sums / sizes[:, None]
+    return group_means(token_logits, group, sizes)
+
+
+def group_means(values: Tensor, group: Tensor, sizes: Tensor) -> Tensor:
+    """Means over each group's tokens.
+
+    Args:
+        values: float `[R, c]`.
+        group: int64 `[R]`, the group of each token.
+        sizes: int64 `[G]`, the tokens of each group.
+
+    Returns:
+        `[G, c]`, differentiable.
+    """
+    return values.new_zeros(len(sizes), values.shape[1]).index_add(0, group, values) / sizes[:, None]

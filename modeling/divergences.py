@@ -1,7 +1,8 @@
 """Cross-entropy and the divergences between two sides' predictions, one value per row of logits, always in float32.
 
 Every function takes logits of any floating dtype (float32, bfloat16, float16; float64 stays float64) and any
-row stride, so the columns that pad a model's head can be cut off with a view, `logits[:, :vocabulary]`.
+row stride, so the columns that pad a head can be cut off with a view, `logits[:, :vocabulary]`. Where `Logits` are
+taken, they may also be `ChunkedLogits`, which do not exist as a whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modeling.chunked_logits import ChunkedLogits
+
+Logits = Tensor | ChunkedLogits
+
 # A full-vocabulary float32 temporary may be as large as this share of the logits it is computed from.
 CHUNKS = 64
 MIN_CHUNK_ROWS = 8
 
 
-def float_dtype(logits: Tensor) -> torch.dtype:
+def float_dtype(logits: Logits) -> torch.dtype:
     """float32; float64 is kept, for numerical gradient checks."""
     return torch.promote_types(logits.dtype, torch.float32)
 
@@ -26,34 +31,38 @@ def as_float(logits: Tensor) -> Tensor:
     return logits.to(float_dtype(logits))
 
 
-def chunk_rows(n_rows: int) -> int:
-    """Rows to work on at a time when every row is a full vocabulary wide."""
-    return max(MIN_CHUNK_ROWS, -(-n_rows // CHUNKS))
+def chunk_rows(logits: Logits, n_rows: int) -> int:
+    """Of n rows that are a full vocabulary wide: how many to work on at a time."""
+    return logits.chunk if isinstance(logits, ChunkedLogits) else max(MIN_CHUNK_ROWS, -(-n_rows // CHUNKS))
 
 
-def in_row_chunks(row_function: Callable[..., Tensor], *tensors: Tensor, chunk: int | None = None) -> Tensor:
-    """`row_function(*tensors)`, computed and differentiated a few rows at a time.
+def in_row_chunks(row_function: Callable[..., Tensor], logits: Logits, *others: Logits) -> Tensor:
+    """`row_function(logits, *others)`, computed and differentiated a few rows at a time.
 
     A loss over a vocabulary of 150,000 keeps several float32 copies of its logits for the backward pass. Here
     only the logits themselves are kept: the backward pass computes each chunk again, and writes its gradient
     into place.
 
     Args:
-        row_function: takes rows `[r, …]` of every tensor and gives `[r, …]`, each row from its own row only.
-        tensors: all with the same first dimension R.
-        chunk: rows at a time.
+        row_function: takes rows `[r, …]` of every argument and gives `[r, …]`, each row from its own row only.
+        logits: `[R, V]`.
+        others: `[R, …]`.
 
     Returns:
-        `[R, …]`, differentiable (once) with respect to every floating-point tensor.
+        `[R, …]`, differentiable (once) with respect to every floating-point tensor; of `ChunkedLogits`, with respect
+        to the first argument only.
     """
-    return _InRowChunks.apply(row_function, chunk or chunk_rows(len(tensors[0])), *tensors)
+    if isinstance(logits, ChunkedLogits):
+        return logits.map_rows(row_function, *others)
+    return _InRowChunks.apply(row_function, chunk_rows(logits, len(logits)), logits, *others)
 
 
 class _InRowChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, row_function, chunk, *tensors):
         ctx.row_function, ctx.chunk = row_function, chunk
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
+        ctx.chunked = {i: logits for i, logits in enumerate(tensors) if isinstance(logits, ChunkedLogits)}
         # Results are written into one tensor: small ones kept between the chunks would fragment the heap,
         # which then grows by every chunk.
         result = None
@@ -67,8 +76,9 @@ class _InRowChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
+        tensors, wanted = list(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        for i, logits in ctx.chunked.items():
+            tensors.insert(i, logits)
         gradients = [torch.empty_like(t) if want else None for t, want in zip(tensors, wanted)]
         for start in range(0, len(grad_output), ctx.chunk):
             at = slice(start, start + ctx.chunk)
@@ -83,7 +93,7 @@ class _InRowChunks(torch.autograd.Function):
         return None, None, *gradients
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Logits, labels: Tensor) -> Tensor:
     """−log softmax(logits)[label] of every token.
 
     Args:
@@ -98,8 +108,56 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def cross_entropy_and_columns(logits: Logits, labels: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every row, and its logits at some columns, which share one gradient.
+
+    A loss that reads a few columns of each row adds next to nothing to the gradient of the cross-entropy: here it is
+    scattered into that, instead of filling a second tensor of the size of the logits with zeros.
+
+    Args:
+        logits: `[R, V]`.
+        labels: int64 `[R]`, as in `cross_entropy`.
+        columns: int64 `[R, c]`, each in `0 … V − 1`; a column may stand there more than once.
+
+    Returns:
+        float32 `[R]`, in nats, and float32 `[R, c]`.
+    """
+    if isinstance(logits, ChunkedLogits):
+        both = logits.map_rows(_cross_entropy_and_column_rows, labels, columns)
+        return both[:, 0], both[:, 1:]
+    return _CrossEntropyAndColumns.apply(logits, labels, columns)
+
+
+def _cross_entropy_and_column_rows(rows: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
+    rows = as_float(rows)
+    ce = F.cross_entropy(rows, labels, reduction="none")
+    return torch.cat([ce[:, None], rows.gather(1, columns)], dim=1)
+
+
+class _CrossEntropyAndColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, columns):
+        logsumexp = logits.new_empty(len(logits), dtype=float_dtype(logits))
+        for at, (rows,) in chunks_with_buffers(logits, 1):
+            logsumexp[at] = logsumexp_(rows.copy_(logits[at]))
+        ctx.save_for_backward(logits, labels, columns, logsumexp)
+        return logsumexp - as_float(logits.gather(1, labels[:, None])).squeeze(1), as_float(logits.gather(1, columns))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ce, grad_columns):
+        logits, labels, columns, logsumexp = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for at, (rows,) in chunks_with_buffers(logits, 1):
+            # ∂CE/∂z = softmax(z) − one-hot
+            rows.copy_(logits[at]).sub_(logsumexp[at, None]).exp_().mul_(grad_ce[at, None])
+            rows.scatter_add_(1, labels[at, None], -grad_ce[at, None])
+            gradient[at] = rows.scatter_add_(1, columns[at], grad_columns[at])
+        return gradient, None, None
+
+
 def cross_entropy_and(
-    divergence: Callable[..., Tensor], student: Tensor, labels: Tensor, *others: Tensor
+    divergence: Callable[..., Tensor], student: Logits, labels: Tensor, *others: Logits
 ) -> tuple[Tensor, Tensor]:
     """`(cross_entropy(student, labels), divergence(student, *others))`, which share one gradient.
 
@@ -124,7 +182,7 @@ def cross_entropy_and(
     return in_row_chunks(row_losses, student, labels, *others).unbind(-1)
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_divergence(p_logits: Logits, q_logits: Logits, temperature: float = 1.0) -> Tensor:
     """τ² · KL(p ‖ q) of every row, with p = softmax(p_logits / τ) and q likewise.
 
     Forward KL gives the teacher first, reverse KL the student first (MiniLLM, arXiv 2306.08543). The gradient
@@ -142,16 +200,11 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) 
     """
     _check_shapes("kl_divergence", p_logits, q_logits)
 
-    def row_kl(p_rows: Tensor, q_rows: Tensor) -> Tensor:
-        log_p = torch.log_softmax(as_float(p_rows) / temperature, dim=-1)
-        log_q = torch.log_softmax(as_float(q_rows) / temperature, dim=-1)
-        return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-
-    return in_row_chunks(row_kl, p_logits, q_logits)
+    return in_row_chunks(lambda q_rows, p_rows: kl_rows(p_rows, q_rows, temperature), q_logits, p_logits)
 
 
 def cross_entropy_and_kl(
-    student: Tensor, labels: Tensor, teacher: Tensor, temperature: float = 1.0, reverse: bool = False
+    student: Logits, labels: Tensor, teacher: Logits, temperature: float = 1.0, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy(student, labels)` and τ² · KL(p^T ‖ p^S) (reverse: τ² · KL(p^S ‖ p^T)) of every row.
 
@@ -170,6 +223,13 @@ def cross_entropy_and_kl(
         ValueError: the shapes differ.
     """
     _check_shapes("cross_entropy_and_kl", student, teacher)
+    if isinstance(student, ChunkedLogits) or isinstance(teacher, ChunkedLogits):
+
+        def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+            p, q = (student, teacher) if reverse else (teacher, student)
+            return kl_rows(p, q, temperature)
+
+        return cross_entropy_and(divergence, student, labels, teacher)
     return _CrossEntropyAndKl.apply(student, labels, teacher, temperature, reverse)
 
 
@@ -179,13 +239,14 @@ class _CrossEntropyAndKl(torch.autograd.Function):
         ctx.save_for_backward(student, labels, teacher)
         ctx.temperature, ctx.reverse = temperature, reverse
         ce, kl = student.new_empty(2, len(student), dtype=float_dtype(student))
-        for at, (x, y, z) in _chunks_with_buffers(student, 3):
+        for at, (x, y, z) in chunks_with_buffers(student, 3):
             log_s = _log_softmax(student[at], 1.0, scratch=x, out=y)
             ce[at] = -log_s.gather(1, labels[at, None]).squeeze(1)
             p, q = (student, teacher) if reverse else (teacher, student)
             log_p = _log_softmax(p[at], temperature, scratch=x, out=y)
             log_q = _log_softmax(q[at], temperature, scratch=x, out=z)
-            kl[at] = torch.exp(log_p, out=x).mul_(log_p.sub_(log_q)).sum(-1)
+            p = torch.exp(log_p, out=x)
+            kl[at] = p.mul_(log_p.sub_(log_q).masked_fill_(p == 0, 0.0)).sum(-1)  # 0 · ∞ would be NaN
         return ce, kl.mul_(temperature**2)
 
     @staticmethod
@@ -193,13 +254,13 @@ class _CrossEntropyAndKl(torch.autograd.Function):
     def backward(ctx, grad_ce, grad_kl):
         (student, labels, teacher), temperature = ctx.saved_tensors, ctx.temperature
         gradient = torch.empty_like(student)
-        for at, (x, y, z) in _chunks_with_buffers(student, 3):
+        for at, (x, y, z) in chunks_with_buffers(student, 3):
             # τ² ∂KL/∂z^S = τ · (p^S − p^T);  reverse: τ · p^S · (log p^S − log p^T − KL)
             log_s = _log_softmax(student[at], temperature, scratch=x, out=y)
             log_t = _log_softmax(teacher[at], temperature, scratch=x, out=z)
             p_s = torch.exp(log_s, out=x)
             if ctx.reverse:
-                log_ratio = log_s.sub_(log_t)
+                log_ratio = log_s.sub_(log_t).masked_fill_(p_s == 0, 0.0)
                 kl = torch.mul(p_s, log_ratio, out=z).sum(-1, keepdim=True)
                 kl_gradient = p_s.mul_(log_ratio.sub_(kl))
             else:
@@ -212,29 +273,50 @@ class _CrossEntropyAndKl(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _chunks_with_buffers(logits: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks_with_buffers(logits: Logits, count: int, n_rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of a few rows, and `count` float32 buffers of their shape, the same memory every time.
 
-    Tensors of a few megabytes that come and go would fragment the heap, and it grows to several times their size.
+    Tensors of a few megabytes that come and go cost a CPU more time than the arithmetic (their pages are mapped anew
+    each time), and they fragment the heap, which grows to several times their size.
+
+    Args:
+        logits: `[R, V]`, for the buffers' width and device.
+        n_rows: how many rows to go through; by default R.
     """
-    chunk = chunk_rows(len(logits))
-    buffers = logits.new_empty(count, min(chunk, len(logits)), logits.shape[1], dtype=float_dtype(logits))
-    for start in range(0, len(logits), chunk):
-        n_rows = min(chunk, len(logits) - start)
-        yield slice(start, start + n_rows), buffers[:, :n_rows]
+    n_rows = len(logits) if n_rows is None else n_rows
+    chunk = chunk_rows(logits, n_rows)
+    buffers = logits.new_empty(count, min(chunk, n_rows), logits.shape[1], dtype=float_dtype(logits))
+    for start in range(0, n_rows, chunk):
+        stop = min(start + chunk, n_rows)
+        yield slice(start, stop), buffers[:, : stop - start]
+
+
+def logsumexp_(rows: Tensor) -> Tensor:
+    """`[r]`: ln Σ exp of every row of float `[r, V]`, which is overwritten."""
+    largest = rows.amax(-1, keepdim=True)
+    return rows.sub_(largest).exp_().sum(-1).log_().add_(largest.squeeze(1))
 
 
 def _log_softmax(logits: Tensor, temperature: float, scratch: Tensor, out: Tensor) -> Tensor:
     return torch.log_softmax(scratch.copy_(logits).div_(temperature), dim=-1, out=out)
 
 
-def _check_shapes(function: str, a: Tensor, b: Tensor) -> None:
+def _check_shapes(function: str, a: Logits, b: Logits) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{function} needs logits of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 # ------------------------------------------------------------------------------------------------- row functions
 # They keep several float32 copies of their rows: give them to `in_row_chunks` or `cross_entropy_and`.
+
+
+def kl_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 `[r]`: τ² · KL(p ‖ q) of every row, as in `kl_divergence`."""
+    log_p = torch.log_softmax(as_float(p_logits) / temperature, dim=-1)
+    log_q = torch.log_softmax(as_float(q_logits) / temperature, dim=-1)
+    p = log_p.exp()
+    # A token that p rules out (a logit of −∞) adds nothing; 0 · ∞ would be NaN, in the gradient too.
+    return temperature**2 * (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def kl_to_target_rows(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -246,7 +328,7 @@ def kl_to_target_rows(target: Tensor, logits: Tensor, temperature: float = 1.0) 
         temperature: τ > 0, of the logits; the target is taken as it is.
     """
     log_q = torch.log_softmax(as_float(logits) / temperature, dim=-1)
-    return temperature**2 * (torch.xlogy(target, target) - target * log_q).sum(-1)
+    return temperature**2 * (torch.xlogy(target, target) - target * log_q.masked_fill(target == 0, 0.0)).sum(-1)
 
 
 def sorted_distance_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -281,9 +363,7 @@ def moved_distribution_rows(teacher_logits: Tensor, static: Tensor, n_student: i
 # ---------------------------------------------------------------------------------------------- chosen columns only
 
 
-def restricted_kl(
-    teacher_logits: Tensor, student_logits: Tensor, mask: Tensor, temperature: float = 1.0
-) -> Tensor:
+def restricted_kl(teacher_logits: Tensor, student_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     """τ² · KL(q^T ‖ q^S) over the columns that the mask keeps, on which both sides are renormalised.
 
     Column c of the teacher and column c of the student are one category, whatever tokens they stand for
@@ -300,7 +380,8 @@ def restricted_kl(
     """
     log_p = _masked_log_softmax(teacher_logits.detach(), mask, temperature)
     log_q = _masked_log_softmax(student_logits, mask, temperature)
-    terms = log_p.exp() * (log_p - log_q)
+    p = log_p.exp()
+    terms = p * (log_p - log_q).masked_fill(p == 0, 0.0)  # as in `kl_rows`
     return temperature**2 * terms.masked_fill(~mask, 0.0).sum(-1)
 
 

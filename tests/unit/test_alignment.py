@@ -45,17 +45,21 @@ def as_group_numbers(groups):
 
 
 class TestEntropy:
-    @pytest.mark.parametrize("chunk", [None, 1, 3, 100])
-    def test_equals_the_explicit_sum(self, chunk):
-        logits = 4 * torch.randn(21, 30, generator=torch.Generator().manual_seed(0))
-        result = entropy(logits, chunk=chunk)
-        assert result.dtype == torch.float32 and result.shape == (21,)
+    @pytest.mark.parametrize("n_rows", [1, 8, 21, 600])  # one chunk, exactly one, several, larger ones
+    def test_equals_the_explicit_sum(self, n_rows):
+        logits = 4 * torch.randn(n_rows, 30, generator=torch.Generator().manual_seed(0))
+        result = entropy(logits)
+        assert result.dtype == torch.float32 and result.shape == (n_rows,)
         assert result.tolist() == pytest.approx(oracle.entropies(logits), rel=1e-5, abs=1e-6)
 
     def test_hand_computed(self):
         # uniform over 4: ln 4; (3/4, 1/4): 3/4 ln(4/3) + 1/4 ln 4 = 0.562335; one certain token: 0
         logits = torch.tensor([[7.0, 7, 7, 7], [np.log(3), 0, -200, -200], [300, 0, 0, 0]])
         assert entropy(logits).tolist() == pytest.approx([np.log(4), 0.562335, 0.0], abs=1e-6)
+
+    def test_a_logit_of_minus_infinity_is_a_probability_of_zero(self):
+        logits = torch.tensor([[0.0, -torch.inf, 0.0], [1.0, -torch.inf, -torch.inf]])
+        assert entropy(logits).tolist() == pytest.approx([np.log(2), 0.0], abs=1e-6)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_logits_are_summed_in_float32(self, dtype):

@@ -379,6 +379,19 @@ class TestGroupTopK:
         assert torch.equal(result.values, values[:, :7])
         torch.testing.assert_close(result.logsumexp, means.logsumexp(1))
 
+    @given(
+        st.integers(0, 10**6),
+        st.integers(1000, 1100),  # wide enough to be searched in blocks, and seldom a multiple of one
+        st.sampled_from([2, 30, 10**6]),  # distinct values
+        st.sampled_from([torch.float32, torch.bfloat16]),
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_wide_rows(self, seed, vocabulary, distinct, dtype):
+        logits = torch.randint(0, distinct, (9, vocabulary), generator=generator(seed)).to(dtype)
+        values, ids = logits.float().sort(dim=1, descending=True, stable=True)
+        result = group_topk(logits, np.ones(9, dtype=np.int64), 6)
+        assert torch.equal(result.ids, ids[:, :6]) and torch.equal(result.values, values[:, :6])
+
     @pytest.mark.parametrize("k", [1, 2, 3])
     def test_ties_at_the_last_place_take_the_lowest_ids(self, k):
         logits = torch.tensor([[0.0, 1.0, 5.0, 1.0, 1.0]])
