@@ -14,7 +14,6 @@ read, or the name of a data set on the Hugging Face hub.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import random
@@ -26,7 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from modeling.examples import alpaca_prompt, prefix_and_text
+from modeling.errors import InputError
+from modeling.examples import alpaca_prompt, prefix_and_text, read_json
 
 OUTPUT_SUFFIXES = (".json", ".jsonl")
 SOURCE_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -44,10 +44,6 @@ INSTRUCTION_COLUMNS = (
     ("problem", None, "solution"),
     ("prompt", None, "completion"),
 )
-
-
-class DataError(Exception):
-    """Something is wrong with what the user gave; the message says what, where, and what to do about it."""
 
 
 class LeftOut(Exception):
@@ -68,7 +64,7 @@ def read_source(source: str, split: str, config: str | None) -> Iterator[tuple[i
     elif path.is_dir() or not looks_like_a_path(source):
         yield from enumerate(load_with_datasets(source, split, config), start=1)
     else:
-        raise DataError(f"{source}: no such file. Check the path, or give the name of a data set on the hub.")
+        raise InputError(f"{source}: no such file. Check the path, or give the name of a data set on the hub.")
 
 
 def looks_like_a_path(source: str) -> bool:
@@ -79,39 +75,13 @@ def looks_like_a_path(source: str) -> bool:
 def read_file(path: Path) -> Iterator[tuple[int, object]]:
     """`(number, row)` for every row of a JSON, JSON-lines or Parquet file."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Check the path.")
+        raise InputError(f"{path}: no such file. Check the path.")
     if not path.name.endswith(SOURCE_SUFFIXES):
-        raise DataError(f"{path}: can't tell its format. Give a file whose name ends in {', '.join(SOURCE_SUFFIXES)}.")
+        raise InputError(f"{path}: can't tell its format. Give a file whose name ends in {', '.join(SOURCE_SUFFIXES)}.")
     if path.suffix == ".parquet":
         yield from enumerate(read_parquet(path), start=1)
         return
-    open_text = gzip.open if path.suffix == ".gz" else open
-    try:
-        with open_text(path, mode="rt", encoding="utf-8-sig") as file:
-            # By content and not by name: many files that end in .json hold one object a line.
-            first = next((line.lstrip()[0] for line in file if line.strip()), "")
-            file.seek(0)
-            yield from enumerate(json.load(file), start=1) if first == "[" else parse_lines(file, path)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Repair the array.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path}: not a complete gzip file ({error}). Fetch it again.") from None
-
-
-def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, object]]:
-    """`(line number, row)` for every line that isn't blank."""
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, row {number}: not valid JSON ({error.msg}, column {error.colno}). "
-                    "Repair or delete the line: the file must be one JSON array, or hold one object a line."
-                ) from None
-            yield number, row
+    yield from read_json(path)
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
@@ -123,7 +93,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a valid Parquet file ({error}). Fetch it again.") from None
+        raise InputError(f"{path}: not a valid Parquet file ({error}). Fetch it again.") from None
 
 
 def load_with_datasets(source: str, split: str, config: str | None) -> Iterable[dict]:
@@ -133,7 +103,7 @@ def load_with_datasets(source: str, split: str, config: str | None) -> Iterable[
     try:
         return datasets.load_dataset(source, config, split=split)
     except Exception as error:  # the hub, the network and the reader each have exceptions of their own
-        raise DataError(
+        raise InputError(
             f"{source}: can't load split {split!r}, configuration {config or 'default'!r} "
             f"({type(error).__name__}: {str(error).strip()}). Check the name, --split and --config; "
             "without access to the hub, fetch the data elsewhere and give a local file as --source."
@@ -193,9 +163,9 @@ class ExcludedFile:
             try:
                 self.rows[number] = self._keys_of(row)
             except ValueError as error:
-                raise DataError(f"{path}, row {number}: {error}") from None
+                raise InputError(f"{path}, row {number}: {error}") from None
         if not self.rows:
-            raise DataError(f"{path}: no rows. Give a file with 'prompt' and 'output', or drop it from --exclude.")
+            raise InputError(f"{path}: no rows. Give a file with 'prompt' and 'output', or drop it from --exclude.")
         self.keys = set().union(*(keys for _, keys in self.rows.values()))
         self.seen: set[tuple[str, str]] = set()
 
@@ -318,24 +288,24 @@ def prepare(
             if (prefix, text) in seen:
                 raise LeftOut("exact duplicate of an earlier row")
         except ValueError as error:
-            raise DataError(f"{source}, row {number}: {error}") from None
+            raise InputError(f"{source}, row {number}: {error}") from None
         except LeftOut as reason:
             left_out.setdefault(str(reason), []).append(number)
             continue
         seen.add((prefix, text))
         examples.append({"prefix": prefix, "text": text})
     if not read:
-        raise DataError(f"{source}: no rows. Check that the file is the right one and is complete.")
+        raise InputError(f"{source}: no rows. Check that the file is the right one and is complete.")
     if not examples:
         reasons = "; ".join(f"{reason}: {len(numbers)}" for reason, numbers in left_out.items())
-        raise DataError(f"{source}: none of its {read} rows is left ({reasons}). Nothing was written.")
+        raise InputError(f"{source}: none of its {read} rows is left ({reasons}). Nothing was written.")
     return examples, left_out, read
 
 
 def take_validation(examples: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
     """`(training, validation)`: `size` examples drawn at random, and the others; both in the source's order."""
     if size >= len(examples):
-        raise DataError(f"--validation_size {size} leaves nothing to train on: there are {len(examples)} examples.")
+        raise InputError(f"--validation_size {size} leaves nothing to train on: there are {len(examples)} examples.")
     drawn = set(random.Random(seed).sample(range(len(examples)), size))
     training = [example for place, example in enumerate(examples) if place not in drawn]
     return training, [examples[place] for place in sorted(drawn)]
@@ -368,11 +338,11 @@ def check_outputs(args: argparse.Namespace) -> None:
     inputs = [args.source, *getattr(args, "exclude", [])]
     for place, output in enumerate(outputs):
         if output.suffix not in OUTPUT_SUFFIXES:
-            raise DataError(f"{output}: the name of an output must end in {' or '.join(OUTPUT_SUFFIXES)}.")
+            raise InputError(f"{output}: the name of an output must end in {' or '.join(OUTPUT_SUFFIXES)}.")
         if output.resolve() in [Path(name).expanduser().resolve() for name in (*inputs, *outputs[:place])]:
-            raise DataError(f"{output}: is read or written already in this run. Give each output a name of its own.")
+            raise InputError(f"{output}: is read or written already in this run. Give each output a name of its own.")
     if args.validation_size is not None and not args.validation_output:
-        raise DataError("--validation_size needs --validation_output, the file to write these examples to.")
+        raise InputError("--validation_size needs --validation_output, the file to write these examples to.")
 
 
 def report(source: str, read: int, left_out: dict[str, list[int]], kept: int) -> None:
@@ -429,7 +399,7 @@ def code_converter(args: argparse.Namespace, excluded: list[ExcludedFile]) -> Ca
     columns = None
     if args.instruction_column or args.input_column or args.response_column:
         if not (args.instruction_column and args.response_column):
-            raise DataError("--instruction_column and --response_column go together: give both.")
+            raise InputError("--instruction_column and --response_column go together: give both.")
         columns = (args.instruction_column, args.input_column, args.response_column)
     return partial(convert_code, format=args.format, columns=columns, task_ids=args.task_ids)
 
@@ -543,12 +513,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exits with status 1 and one message where what the user gave is wrong."""
-    args = build_parser().parse_args(arguments)
+    """Run the command line. Exits with status 2 and one message where what the user gave is wrong."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
     try:
         run(args)
-    except (DataError, OSError) as error:
-        sys.exit(f"prepare_data.py: error: {error}")
+    except (InputError, OSError) as error:
+        parser.exit(2, f"prepare_data.py: error: {error}\n")
 
 
 if __name__ == "__main__":

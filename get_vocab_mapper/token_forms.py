@@ -93,8 +93,8 @@ def token_forms(tokenizer) -> TokenForms:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "decoder"):
         raise ValueError(
-            f"Tokenizer {name!r} ({type(tokenizer).__name__}) has no fast backend to read token forms from. "
-            f"{_SUPPORTED}"
+            f"Tokenizer {name!r} ({type(tokenizer).__name__}) has no fast backend (no tokenizer.json), which says "
+            f"what its tokens stand for. Use a model that has one. {_SUPPORTED}"
         )
     read_token = _token_reader(backend, name)
 

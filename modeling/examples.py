@@ -20,11 +20,16 @@ The batch contract (`ResponseCollator`), for B examples with R response tokens i
 from __future__ import annotations
 
 import codecs
+import gzip
+import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -32,6 +37,8 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from get_vocab_mapper.token_forms import TokenForms, token_forms
+from modeling.errors import InputError, user_input
+from modeling.json_array import elements
 
 IGNORED = -100  # the label of a token that no loss reads, as everywhere in transformers
 
@@ -60,59 +67,160 @@ LAYOUTS = (
 
 
 def prefix_and_text(row: object) -> tuple[str, str]:
-    """`(prefix, text)` of one row. Raises ValueError saying which column is missing or is not a string.
+    """`(prefix, text)` of one row. Raises ValueError saying which column is missing, or holds no text.
 
     A list of references under `output` (evaluation files) gives its first.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"it is a JSON {type(row).__name__}, not an object with named columns")
+        raise ValueError(f"it is a JSON {_kind(row)}, not an object with named columns")
     for columns, convert in LAYOUTS:
         if all(column in row for column in columns):
             row = {**row, **{c: row[c][0] for c in columns if isinstance(row[c], list) and row[c]}}
             for column in (*columns, "input"):
-                if column in row and not isinstance(row[column], str) and not (column == "input" and not row[column]):
-                    raise ValueError(f"column {column!r} holds {type(row[column]).__name__}, not a string")
+                if column in row and not (column == "input" and not row[column]):
+                    _require_text(column, row[column])
             return convert(row)
     known = "; ".join(" + ".join(columns) for columns, _ in LAYOUTS)
-    raise ValueError(f"it has the columns {sorted(row)}, and none of these pairs: {known}")
+    named = ", ".join(map(repr, sorted(row)[:COLUMNS_NAMED])) + (", …" if len(row) > COLUMNS_NAMED else "")
+    raise ValueError(f"it has the columns {named or '(none)'}, and none of these pairs: {known}")
+
+
+COLUMNS_NAMED = 8  # how many columns a message names
+
+
+def _require_text(column: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} holds {_kind(value)}, not a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can write one ("\ud83d"); no tokenizer reads it
+        raise ValueError(f"column {column!r} holds half of a surrogate pair, which is no character") from None
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def read_rows(path: str | Path) -> Iterator[dict]:
-    """The rows of a JSON array, or of a file with one JSON object a line, as `{"row", "prefix", "text"}`.
+    """The rows of a data file as `{"row", "prefix", "text", "fault"}`.
 
-    `row` counts from 1: the place in the array, or the line. Raises FileNotFoundError, or ValueError naming the
-    file, the row and what is wrong with it.
+    `row` counts from 1: the place in the array, or the line. `fault` says why the row cannot be used, and is "" for one
+    that can; prefix and text are "" where there is one. Raises what `read_json` raises.
     """
+    for number, row in read_json(path):
+        prefix = text = fault = ""
+        try:
+            prefix, text = prefix_and_text(row)
+            if not text.strip():
+                prefix = text = ""
+                fault = "the text to learn is empty, or white space alone"
+        except ValueError as error:
+            fault = str(error)
+        yield {"row": number, "prefix": prefix, "text": text, "fault": fault}
+
+
+# ------------------------------------------------------------------------------------------------- JSON and its faults
+
+# What a file begins with that is something else: (bytes, what it is, what to do).
+OTHER_FORMATS = (
+    (b"PAR1", "a Parquet file", "datasets.Dataset.from_parquet(FILE).to_json(NEW_FILE) writes it as JSON lines"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it"),
+)
+GZIP = b"\x1f\x8b"
+
+
+def require_json_file(path: str | Path) -> None:
+    """Raises InputError where the file's first bytes tell already that it cannot be read: a quick look, for a start."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. Give the file in it.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Give the path of a JSON file with 'prefix' and 'text'.")
+        raise InputError(f"{path}: no such file. Check the path; a relative one starts at {Path.cwd()}.")
+    with user_input(), path.open("rb") as file:
+        head = file.read(4)
+    if not head:
+        raise InputError(f"{path}: the file is empty. Was it written or copied to its end?")
+    for beginning, name, remedy in OTHER_FORMATS:
+        if head.startswith(beginning):
+            raise InputError(f"{path} is {name}, and not JSON: {remedy}.")
+
+
+def read_json(path: str | Path) -> Iterator[tuple[int, object]]:
+    """`(number, value)` of a JSON array's values, or of a file with one a line. Either may be compressed with gzip.
+
+    Numbers count from 1: the place in the array, or the line; blank lines are passed over. The file is never held in
+    memory as a whole. Raises InputError naming the file, the line, and what to do.
+    """
+    require_json_file(path)
+    path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = next((c for line in file if (c := line.lstrip()[:1])), "")
+        with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
+            # By content and not by name: many files that end in .json hold one object a line.
+            first = file.read(1)
+            while first.isspace():
+                first = file.read(1)
             file.seek(0)
-            rows = enumerate(json.load(file), 1) if first == "[" else _rows_of_lines(file, path)
-            for number, row in rows:
-                try:
-                    prefix, text = prefix_and_text(row)
-                except ValueError as error:
-                    raise ValueError(f"{path}, row {number}: {error}.") from None
-                yield {"row": number, "prefix": prefix, "text": text}
+            yield from _values_of_array(file, path) if first == "[" else _values_of_lines(file, path)
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a complete gzip file ({error}). Copy it again.") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        compressed = file.read(2) == GZIP or path.suffix == ".gz"
+    return gzip.open(path) if compressed else path.open("rb")
+
+
+def _values_of_array(file: TextIO, path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        yield from enumerate(elements(file), 1)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8. Convert the file to UTF-8.") from None
+        ends_there = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
+        remedy = "The file ends too early: copy it again" if ends_there else "Repair the array there"
+        raise InputError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). {remedy}."
+        ) from None
+    except UnicodeDecodeError:
+        raise  # `read_json` says where
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise InputError(f"{path}: JSON that cannot be read ({error}).") from None
 
 
-def _rows_of_lines(file: codecs.StreamReader, path: Path) -> Iterator[tuple[int, object]]:
+def _values_of_lines(file: TextIO, path: Path) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}). "
-                    "The file must be one JSON array, or hold one JSON object a line."
+            except (ValueError, RecursionError) as error:
+                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                remedy = "Repair or delete the line"
+                if line.rstrip().endswith("},"):
+                    remedy = "Leave out the comma behind the object"
+                raise InputError(
+                    f"{path}, line {number}: not valid JSON ({reason}). {remedy}: the file must be one JSON array, or "
+                    "hold one JSON object a line."
                 ) from None
+
+
+def _not_utf8(path: Path) -> InputError:
+    """Says where. (What the decoder names counts from the last block that it was given.)"""
+    position, number = 0, 1
+    with _open(path) as file:
+        encoding = "UTF-16" if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "CP1252"
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                position += error.start
+                break
+            position, number = position + len(line), number + 1
+    return InputError(
+        f"{path}, byte {position}: not UTF-8 (in line {number}). Convert the file, for example with "
+        f"iconv -f {encoding} -t UTF-8 FILE > NEW_FILE."
+    )
 
 
 # ------------------------------------------------------------------------------------------- tokenising one side
@@ -149,6 +257,12 @@ class Encoder:
         pad_id = self.tokenizer.pad_token_id
         return self.eos_id if pad_id is None else int(pad_id)
 
+    @cached_property
+    def _dropped_bytes(self) -> bytes:
+        """The bytes that no token holds: in SmolLM2, some control characters and the first bytes of rare planes."""
+        held = set(b"".join(form for form, special in zip(self.forms.forms, self.forms.is_special) if not special))
+        return bytes(sorted(set(range(256)) - held))
+
     def encode(self, prefix: str, text: str, eos: bool = True) -> Encoded:
         """Tokens of `prefix + text`, with what the tokenizer adds in front, and EOS behind it unless `eos` is off.
 
@@ -163,9 +277,10 @@ class Encoder:
             verbose=False,
         )
         ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-        # What the tokenizer's template adds: kept in front (BOS), dropped behind (EOS is put there below).
+        # What the tokenizer's template adds: kept in front (BOS), dropped behind (EOS is put there below). Around a
+        # text that the tokenizer's normaliser drops as a whole, all is dropped: it has no front or behind.
         content = np.flatnonzero(np.asarray(encoding["special_tokens_mask"]) == 0)
-        first, last = (content[0], content[-1] + 1) if len(content) else (len(ids), len(ids))
+        first, last = (content[0], content[-1] + 1) if len(content) else (0, 0)
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[first:last]
         ids = ids[:last]
 
@@ -185,17 +300,20 @@ class Encoder:
         """int64 [len(ids)]: how many bytes of `whole` the tokens up to and including each one cover.
 
         Token forms give this exactly wherever, joined, they are the text (or the text behind a SentencePiece dummy
-        space). Where the tokenizer's normaliser has changed the text, the tokenizer's character offsets anchor them.
+        space). A byte that no token holds is dropped by a byte-level tokenizer, whose offsets are wrong from there on:
+        it belongs to the token in front. Where the tokenizer's normaliser has changed the text, the tokenizer's
+        character offsets anchor the forms.
         """
         if not len(ids):
             return np.zeros(0, dtype=np.int64)
         text = whole.encode("utf-8", "surrogatepass")
+        held = np.flatnonzero(~np.isin(bytearray(text), bytearray(self._dropped_bytes)))
         ends = np.cumsum(self.forms.lengths[ids], dtype=np.int64)
-        dummy = int(ends[-1]) - len(text)
+        dummy = int(ends[-1]) - len(held)
         if dummy in (0, 1):
             joined = b"".join([self.forms.forms[i] for i in ids])
-            if joined[dummy:] == text and joined[:dummy] in (b"", b" "):
-                return ends - dummy
+            if joined[dummy:] == text.translate(None, self._dropped_bytes) and joined[:dummy] in (b"", b" "):
+                return np.append(held, len(text))[ends - dummy]
 
         byte_at = np.zeros(len(whole) + 1, dtype=np.int64)
         np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in whole], out=byte_at[1:])
@@ -206,17 +324,17 @@ class Encoder:
         for i in np.flatnonzero(following > stops):
             stops[i] += len(whole[stops[i] : following[i]].rstrip())
         # A token that stops inside a character (the next one starts before its end) is placed by its own bytes,
-        # counted from the last token that stopped between two characters.
+        # counted from the last token that stopped between two characters, and within that character.
         between = following >= stops
         anchor = np.maximum.accumulate(np.where(between, np.arange(len(ids)), -1))
         before = np.concatenate([[-1], anchor[:-1]])  # the last anchored token before each one
         inside = np.where(before >= 0, byte_at[stops[before]] - ends[before], byte_at[starts[0]]) + ends
-        placed = np.where(between, byte_at[stops], np.minimum(inside, byte_at[stops]))
+        placed = np.where(between, byte_at[stops], np.clip(inside, byte_at[starts], byte_at[stops]))
         return np.maximum.accumulate(placed)
 
 
 def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
-    """Raise ValueError unless every id is the same token on both sides.
+    """Raise InputError unless every id is the same token on both sides.
 
     What the tokens are decides, not the tokenizers' names or classes. Which tokens are flagged special, which one is
     declared EOS, and how far each model's head is padded may differ.
@@ -227,7 +345,7 @@ def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
     lengths = [len(forms) for forms in sides]
     first = next((i for i, (a, b) in enumerate(zip(*(f.forms for f in sides))) if a != b), min(lengths))
     tokens = [repr(forms.texts[first]) if first < len(forms) else "no token" for forms in sides]
-    raise ValueError(
+    raise InputError(
         f"The student's tokenizer {sides[0].name!r} ({lengths[0]} tokens) and the teacher's {sides[1].name!r} "
         f"({lengths[1]} tokens) are not the same: id {first} is {tokens[0]} in the student's and {tokens[1]} in the "
         "teacher's. Comparing them token by token needs one tokenizer. For a pair like this one there are "
@@ -236,10 +354,10 @@ def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
 
 
 def require_same_tokens(responses: Sequence[Response]) -> None:
-    """Raise ValueError, naming the row, unless the tokens of every response end at the same bytes on both sides."""
+    """Raise InputError, naming the row, unless the tokens of every response end at the same bytes on both sides."""
     for response in responses:
         if not np.array_equal(response.ends, response.teacher_ends):
-            raise ValueError(
+            raise InputError(
                 f"Row {response.row} of the data: the student has {len(response.ends)} response tokens and the teacher "
                 f"{len(response.teacher_ends)}, and they do not end at the same places, though the vocabularies are "
                 "the same. Leave the row out, or give both models the same tokenizer files."
@@ -262,34 +380,40 @@ def encode_pair(encoders: Sequence[Encoder], prefix: str, text: str, block_size:
     return encoded
 
 
+# A cut text seldom has fewer tokens than it has up to the cut in the whole text. So no cut is tried further behind the
+# last token that fits than this many characters, and none where the prefix alone is this many tokens too long.
+REACH, SLACK = 32, 8
+
+
 def _longest_that_fits(encoders, prefix, text, block_size, encoded) -> list[Encoded] | None:
-    # A cut text seldom has fewer tokens than it has up to the cut in the whole text: start a few tokens later than
-    # that and walk back.
-    slack = 8
-    text_bytes = text.encode("utf-8", "surrogatepass")
-    cut = len(text)
-    for e in encoded:
-        last = block_size + slack - e.response_start - 1
-        if last < 0:
+    cut = len(text) + 1  # of the example as it is, with EOS behind the text
+    while too_long := [e for e in encoded if len(e.input_ids) > block_size]:
+        if any(e.response_start >= block_size + SLACK for e in too_long):
             return None
-        if last < len(e.ends):
-            cut = min(cut, len(text_bytes[: max(e.ends[last], 0)].decode("utf-8", "ignore")))
-    while cut > 0:
+        cut = min(cut - 1, *(_characters_that_fit(e, text, block_size) + REACH for e in too_long))
+        if cut <= 0:
+            return None
         encoded = [encoder.encode(prefix, text[:cut], eos=False) for encoder in encoders]
-        excess = max(len(e.input_ids) for e in encoded) - block_size
-        if excess <= 0:
-            return encoded
-        cut -= 1
-    return None
+    return encoded
+
+
+def _characters_that_fit(encoded: Encoded, text: str, block_size: int) -> int:
+    last = block_size - encoded.response_start - 1
+    n_bytes = int(encoded.ends[last]) if last >= 0 else 0
+    return len(text.encode("utf-8", "surrogatepass")[:n_bytes].decode("utf-8", "ignore"))
 
 
 def prepare_example(row: dict, encoders: Sequence[Encoder], block_size: int) -> dict:
     """One row of the tokenised dataset: the student's columns, and `teacher_…` ones with a second encoder.
 
-    An example that cannot be used (no response token fits) has empty `ends`, and is filtered out by the caller.
+    `fault` says why an example cannot be used (by itself, or as no response token fits); it then has empty `ends`.
     """
-    encoded = encode_pair(encoders, row["prefix"], row["text"], block_size)
-    columns: dict = {"row": row["row"], "cut": bool(encoded) and encoded[0].input_ids[-1] != encoders[0].eos_id}
+    fault = row.get("fault", "")
+    encoded = None if fault else encode_pair(encoders, row["prefix"], row["text"], block_size)
+    if encoded is None and not fault:
+        fault = f"the prefix fills --block_size {block_size}: give more, or a shorter prefix"
+    columns: dict = {"row": row["row"], "fault": fault}
+    columns["cut"] = bool(encoded) and encoded[0].input_ids[-1] != encoders[0].eos_id
     for i, side in enumerate(("", "teacher_")[: len(encoders)]):
         e = encoded[i] if encoded else Encoded(np.zeros(0, np.int64), 0, np.zeros(0, np.int32))
         columns[f"{side}input_ids"] = e.input_ids
@@ -316,6 +440,8 @@ class Response:
     distance: np.ndarray | None = None  # uint16 [distinct teacher tokens, distinct student tokens]
     teacher_index: np.ndarray | None = None  # int64 [M]
     student_index: np.ndarray | None = None  # int64 [N]
+    key: bytes | None = None  # `example_key` of the student's tokens
+    teacher_key: bytes | None = None
 
 
 class ResponseCollator:
@@ -331,14 +457,15 @@ class ResponseCollator:
         self.edit_distances = edit_distances and teacher is not None
 
     def __call__(self, examples: list[dict]) -> dict:
-        batch = self._pad(examples, "", self.student.pad_id)
+        batch = self.pad(examples, "", self.student.pad_id)
         if self.teacher is not None:
-            batch |= self._pad(examples, "teacher_", self.teacher.pad_id)
+            batch |= self.pad(examples, "teacher_", self.teacher.pad_id)
         batch["responses"] = [self._response(example) for example in examples]
         return batch
 
     @staticmethod
-    def _pad(examples: list[dict], side: str, pad_id: int) -> dict[str, torch.Tensor]:
+    def pad(examples: list[dict], side: str, pad_id: int) -> dict[str, torch.Tensor]:
+        """One side's tensors of the batch, named with `side` ("" or "teacher_") in front."""
         ids = [np.asarray(example[f"{side}input_ids"], dtype=np.int64) for example in examples]
         shape = (len(ids), max(map(len, ids)))
         input_ids, mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64)
@@ -363,13 +490,21 @@ class ResponseCollator:
         ends = np.asarray(example["ends"], dtype=np.int32)
         has_eos = bool(len(ends)) and example["input_ids"][-1] == self.student.eos_id
         response = Response(example["row"], int(ends[-1]) - has_eos if len(ends) else 0, ends)
+        response.key = example_key(example["input_ids"], example["response_start"])
         if self.teacher is not None:
             response.teacher_ends = np.asarray(example["teacher_ends"], dtype=np.int32)
+            response.teacher_key = example_key(example["teacher_input_ids"], example["teacher_response_start"])
         if self.edit_distances:
             student_ids, response.student_index = np.unique(_response_ids(example, ""), return_inverse=True)
             teacher_ids, response.teacher_index = np.unique(_response_ids(example, "teacher_"), return_inverse=True)
             response.distance = token_distances(self.teacher, teacher_ids, self.student, student_ids)
         return response
+
+
+def example_key(input_ids: np.ndarray, response_start: int) -> bytes:
+    """16 bytes that stand for an example's tokens, and for where its response begins in them."""
+    ids = np.ascontiguousarray(input_ids, dtype="<i8")
+    return hashlib.blake2b(ids.tobytes(), digest_size=16, salt=int(response_start).to_bytes(8, "little")).digest()
 
 
 def _response_ids(example: dict, side: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Rows, templates, tokenisation, cutting and batches, on small trained tokenizers and on the real ones."""
 
+import gzip
 import json
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, processors
 
+from modeling.errors import InputError
 from modeling.examples import (
     IGNORED,
     Encoder,
@@ -80,7 +83,11 @@ def test_every_layout_of_a_row(row, expected):
     [
         ({"prefix": "p"}, "prefix \\+ text"),
         ({"prefix": "p", "text": 3}, "column 'text' holds int, not a string"),
-        ({"prefix": None, "text": "t"}, "column 'prefix' holds NoneType"),
+        ({"prefix": None, "text": "t"}, "column 'prefix' holds null"),
+        ({"prompt": "p", "output": []}, "column 'output' holds list"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "column 'input' holds int"),
+        ({"prefix": "p", "text": "half \ud83d"}, "column 'text' holds half of a surrogate pair"),
+        ({}, "the columns \\(none\\)"),
         (["p", "t"], "JSON list, not an object"),
     ],
 )
@@ -91,7 +98,7 @@ def test_a_bad_row_is_told(row, message):
 
 def test_read_rows_of_an_array_and_of_lines(tmp_path):
     rows = [{"prefix": "a", "text": "é\n"}, {"prefix": "b", "text": "2"}]
-    expected = [{"row": 1, **rows[0]}, {"row": 2, **rows[1]}]
+    expected = [{"row": 1, **rows[0], "fault": ""}, {"row": 2, **rows[1], "fault": ""}]
     (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
     assert list(read_rows(tmp_path / "array.json")) == expected
     (tmp_path / "lines.jsonl").write_text("\ufeff\n" + "\r\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -103,9 +110,20 @@ def test_read_rows_of_an_array_and_of_lines(tmp_path):
     ("content", "message"),
     [
         (b'{"prefix": "a", "text": "b"}\n{"prefix": "a"\n', "lines.jsonl, line 2: not valid JSON"),
-        (b'{"prefix": "a", "text": "b"}\n{"prefix": "a"}\n', "lines.jsonl, row 2: it has the columns"),
-        (b'[{"prefix": "a", "text": "b"},\n]', "lines.jsonl, line 2: not valid JSON"),
-        (b'{"prefix": "\xff", "text": "b"}', "lines.jsonl, byte 12: not UTF-8"),
+        (b'{"prefix": "a", "text": "b"}\n{"prefix": "a"},\n', "lines.jsonl, line 2: .* Leave out the comma"),
+        (b'{"prefix": "a", "text": 1' + b"0" * 5000 + b"}", "lines.jsonl, line 1: not valid JSON"),
+        (b"[" * 100_000, "lines.jsonl: JSON that cannot be read"),
+        (b'{"a": ' * 100_000, "lines.jsonl, line 1: not valid JSON"),
+        (b'[{"prefix": "a", "text": "b"},\n]', "lines.jsonl, line [12]: not valid JSON .* Repair the array"),
+        (b'[{"prefix": "a",\n "text": "b"}', "lines.jsonl, line 2: .* The file ends too early"),
+        (b'[{"prefix": "a",\n "text": "b', "lines.jsonl, line 2: .* The file ends too early"),
+        (b'{"prefix": "\xff", "text": "b"}', "lines.jsonl, byte 12: not UTF-8 \\(in line 1\\)"),
+        (b"{}\n" * 9000 + b"\xe9", "lines.jsonl, byte 27000: not UTF-8 \\(in line 9001\\)"),
+        (b"[" + b"{},\n" * 9000 + b'"\xe9"]', "lines.jsonl, byte 36002: not UTF-8 \\(in line 9001\\)"),
+        ("[{}]".encode("utf-16"), "iconv -f UTF-16"),
+        (b"", "the file is empty"),
+        (b"PAR1\x15\x04", "is a Parquet file"),
+        (gzip.compress(b'[{"prefix": "a", "text": "b"}]' * 99)[:-9], "not a complete gzip file"),
     ],
 )
 def test_a_bad_file_is_told_with_its_row(tmp_path, content, message):
@@ -116,8 +134,22 @@ def test_a_bad_file_is_told_with_its_row(tmp_path, content, message):
 
 
 def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         list(read_rows(tmp_path / "none.json"))
+    with pytest.raises(InputError, match="is a folder"):
+        list(read_rows(tmp_path))
+
+
+def test_a_row_that_cannot_be_used_says_why(tmp_path):
+    rows = [{"prefix": "a", "text": "b"}, {"prefix": "a"}, {"prefix": "a", "text": " \n\u3000"}, None]
+    (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress((tmp_path / "array.json").read_bytes()))
+    for path in (tmp_path / "array.json", tmp_path / "array.json.gz"):
+        first, *others = read_rows(path)
+        assert first == {"row": 1, "prefix": "a", "text": "b", "fault": ""}
+        assert [(r["row"], r["prefix"], r["text"]) for r in others] == [(2, "", ""), (3, "", ""), (4, "", "")]
+        faults = ("it has the columns 'prefix'", "the text to learn is empty", "it is a JSON null, not an object")
+        assert all(row["fault"].startswith(fault) for row, fault in zip(others, faults))
 
 
 # ----------------------------------------------------------------------------------------------------- tokenising
@@ -181,6 +213,33 @@ def test_a_normaliser_that_changes_the_text(small, real):
     # The small WordPiece lower-cases and drops white space.
     encoded = small["wordpiece"].encode("Say:\n", "The  Cat")
     assert encoded.ends[-1] == 9 and 3 in encoded.ends and encoded.ends[-2] == 8
+
+
+def test_a_byte_without_a_token_belongs_to_the_token_in_front(real):
+    # This tokenizer knows the bytes of "ab" alone, drops others from a text, and counts its offsets without them.
+    encoded = Encoder(byte_level_bpe(["ab"], 40, all_bytes=False)).encode("a", "éabxxab€")
+    assert encoded.ends.tolist() == [6, 11, 12]
+    # SmolLM2 has no token for the control character U+0014.
+    encoded = real["smollm2"].encode("x:\n", "one\x14two\x14, three")
+    assert encoded.ends.tolist() == [4, 8, 9, 15, 16]
+
+
+def test_part_of_a_character_behind_white_space_that_no_token_holds():
+    # The added token takes the white space behind it, and trimmed offsets leave it out. "ж" is two byte tokens.
+    tokenizer = sentencepiece_bpe(["ab"], 300)
+    tokenizer.add_tokens([AddedToken("A", rstrip=True, normalized=False)])
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    encoded = Encoder(tokenizer).encode("", "bA  ж")
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["b", "A", "<0xD0>", "<0xB6>", "</s>"]
+    assert encoded.ends[0] == 2 and 4 <= encoded.ends[1] < 6 and encoded.ends[2:].tolist() == [6, 7]
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing(small):
+    # WordPiece drops white space; what its template puts around nothing, [CLS] [SEP], is dropped as well.
+    encoded = small["wordpiece"].encode("", " \n")
+    assert encoded.input_ids.tolist() == [small["wordpiece"].eos_id] and not len(encoded.ends)
+    assert encode_pair([small["wordpiece"]], "", " \n", 16) is None
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,7 +1,9 @@
 """data/prepare_data.py: from real and from small made-up sources to training files."""
 
+import contextlib
 import gzip
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -42,10 +44,11 @@ def run_script(*arguments, **environment):
 
 def error_of(*arguments):
     """The message with which the command line ends."""
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(SystemExit) as exit_info, contextlib.redirect_stderr(io.StringIO()) as stderr:
         prepare_data.main([str(argument) for argument in arguments])
-    assert isinstance(exit_info.value.code, str), "the script should have ended with a message"
-    return exit_info.value.code
+    assert exit_info.value.code == 2
+    assert stderr.getvalue().startswith("prepare_data.py: error: ")
+    return stderr.getvalue()
 
 
 def write_lines(path, rows):
@@ -309,7 +312,7 @@ def test_code_columns_of_other_names(tmp_path):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ('{"question": "q", "answer": "a"}\n{"question": "q", "ans', "row 2: not valid JSON"),
+        ('{"question": "q", "answer": "a"}\n{"question": "q", "ans', "line 2: not valid JSON"),
         ('{"question": "q", "answer": "a"}\n{"question": "q"}', "row 2: no column 'answer' among ['question']"),
         ('{"question": "q", "answer": 3}', "row 1: column 'answer' holds int, not a string"),
         ('["q", "a"]', "row 1: a JSON str, not an object"),
@@ -368,7 +371,7 @@ def test_errors_about_columns_and_excluded_files(tmp_path):
 
 def test_an_unreachable_hub_asks_for_a_local_file(tmp_path):
     result = run_script("gsm8k", "--output", tmp_path / "out.json", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "openai/gsm8k: can't load split 'train', configuration 'main'" in result.stderr
     assert "give a local file as --source" in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,0 +1,213 @@
+"""Models and tokenizers from a folder or the hub, and what is wrong with them, said before the weights are read.
+
+Weights come from safetensors files alone: a pickle can run code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from modeling.arguments import StudentArguments
+from modeling.errors import InputError, user_input
+from modeling.examples import Encoder
+
+logger = logging.getLogger(__name__)
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SAFETENSORS_ONLY = (
+    "weights are read from safetensors files alone, as a pickle can run code. Where you trust its source, convert it "
+    'once: AutoModelForCausalLM.from_pretrained("FOLDER").save_pretrained("NEW_FOLDER"), and the same with '
+    "AutoTokenizer"
+)
+
+
+def load_config(path: str, flag: str, args: StudentArguments) -> PreTrainedConfig:
+    """The configuration of a model, after a look at its files; of an adapter, that of the model below it.
+
+    Args:
+        path: hub name or folder.
+        flag: the argument that named it, for messages.
+
+    Raises InputError where there is no such model, its weights are not in safetensors files, or it does not predict the
+    next token.
+    """
+    what = f"--{flag} {path}"
+    if Path(path).is_dir():
+        _require_model_folder(Path(path), what)
+    else:
+        _require_on_hub(path, what)
+    with _told(f"{what}: its configuration cannot be loaded", path):
+        adapter = find_adapter_config_file(path)
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter else None
+        if base is None:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    if base is not None:
+        return load_config(base, flag, args)
+    _require_causal(config, what)
+    return config
+
+
+def load_encoder(path: str, flag: str, args: StudentArguments) -> Encoder:
+    """The tokenizer of a model. Raises InputError where it cannot be loaded, or used (see `Encoder`)."""
+    with _told(f"--{flag} {path}: its tokenizer cannot be loaded", path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    with user_input(f"--{flag} {path}"):
+        return Encoder(tokenizer)
+
+
+def load_model(
+    path: str, flag: str, dtype: str, args: StudentArguments, n_tokens: int, **options
+) -> PreTrainedModel:
+    """The model, with room for as many tokens as its tokenizer has. Raises InputError where weights are missing."""
+    what = f"--{flag} {path}"
+    with _told(f"{what}: its weights cannot be loaded", path):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+            **options,
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{what}: {len(missing)} of the model's weights are not in its files, and would be random numbers: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. Give a model that was saved whole, with the "
+            "head that predicts the next token."
+        )
+    n_embeddings = model.get_input_embeddings().num_embeddings
+    if n_tokens > n_embeddings:
+        logger.warning(
+            "%s: the tokenizer has %d tokens and the model %d embeddings; the model is resized to the tokenizer. The "
+            "new embeddings are untrained.",
+            *(what, n_tokens, n_embeddings),
+        )
+        model.resize_token_embeddings(n_tokens)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------- what is not there
+
+
+def _require_model_folder(folder: Path, what: str) -> None:
+    names = sorted(file.name for file in folder.iterdir())
+    configs = {"config.json", "adapter_config.json"} & set(names)
+    if not configs:
+        checkpoints = [name for name in names if (folder / name / "config.json").is_file()]
+        hint = f" There is a model in its folder {checkpoints[-1]}." if checkpoints else ""
+        raise InputError(
+            f"{what}: the folder has no config.json, so it is no model's: it holds {', '.join(names[:6]) or 'nothing'}"
+            f"{', …' if len(names) > 6 else ''}. Give the folder that save_pretrained wrote.{hint}"
+        )
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if name.endswith(PICKLES) and name != "training_args.bin"]
+        if pickles:
+            raise InputError(f"{what}: its weights are a pickle ({pickles[0]}), and {SAFETENSORS_ONLY}.")
+        raise InputError(f"{what}: the folder has no weights (no .safetensors file). Was it copied whole?")
+
+
+def _require_on_hub(name: str, what: str) -> None:
+    """Raises InputError where the name is neither a folder nor that of a model that the hub, or its cache, gives out.
+
+    One quick question, so that a wrong name or a missing network is told at once: transformers asks for many files, and
+    for each of them again and again.
+    """
+    if Path(name).exists():
+        raise InputError(f"{what} is a file. Give the folder that it is in.")
+    no_folder = f"{what}: there is no such folder"
+    try:
+        url = hf_hub_url(name, "config.json")
+        if name.count("/") > 1 or name.startswith("~"):
+            raise HFValidationError
+        get_hf_file_metadata(url)
+    except HFValidationError:
+        raise InputError(f"{no_folder}. Check the path; a relative one starts at {Path.cwd()}.") from None
+    except EntryNotFoundError:
+        return  # the model is there, without this file: an adapter
+    except GatedRepoError as error:
+        raise InputError(
+            f"{what}: the model is gated, and this account has no access to it. Ask for access at "
+            f"{constants.ENDPOINT}/{name}, then log in with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{no_folder}, and the hub has no model of this name that this account may see. Check the spelling; for a "
+            "private model log in with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except (OfflineModeIsEnabled, httpx.TransportError) as error:
+        offline = isinstance(error, OfflineModeIsEnabled)
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            if not offline:
+                logger.warning(
+                    "%s: the hub cannot be reached (%s); the copy in its cache will do. HF_HUB_OFFLINE=1 saves the "
+                    "waiting.",
+                    *(what, error),
+                )
+            return
+        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({error})"
+        raise InputError(
+            f"{no_folder}, {why}, and the hub's cache has no copy. Check the path; or fetch the model where there is a "
+            f"network (hf download {name} --local-dir FOLDER), and give that folder."
+        ) from error
+    except httpx.HTTPError as error:
+        logger.warning("%s: the hub answers %s; trying on.", what, error)
+
+
+def _require_causal(config: PreTrainedConfig, what: str) -> None:
+    """Raises InputError for a model that does not predict a token from those in front of it."""
+    kind = None
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder"
+    elif getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        kind = "an encoder, which sees the token that it is to predict"  # BERT's kind, which can be either
+    if kind:
+        raise InputError(
+            f"{what} is {kind} ({config.model_type}). Give a causal language model, one that AutoModelForCausalLM is "
+            "meant for."
+        )
+
+
+@contextlib.contextmanager
+def _told(what: str, path: str) -> Iterator[None]:
+    """What transformers raises for bad files becomes an InputError of a line; other exceptions stay what they are."""
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{what}: it needs Python code that comes with the model, which is not run unasked. Read the code "
+                f"({path}); where you trust it, give --trust_remote_code true."
+            ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "they do not have the shapes that config.json says (listed above). Give the files of one model"
+        elif isinstance(error, OSError) and "safetensors" in str(error) and not Path(path).is_dir():
+            reason = f"the hub has no safetensors file of it; {SAFETENSORS_ONLY}"
+        elif str(error).startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it has no tokenizer.json, and none can be made of what is there. Copy the tokenizer's files to it"
+        elif isinstance(error, (json.JSONDecodeError, KeyError, SafetensorError)) or type(error) is Exception:
+            reason = f"a file is damaged, or no more than a pointer of Git LFS ({error}). Copy the files again"
+        elif isinstance(error, (OSError, ValueError)):
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines[0][:300].rstrip(" .:") + (" …" if len(lines) > 1 or len(lines[0]) > 300 else "")
+        else:
+            raise
+        raise InputError(f"{what}: {reason}.") from error
