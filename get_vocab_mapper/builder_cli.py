@@ -1,19 +1,30 @@
-"""What the three builder scripts share: their flags, loading the tokenizers, writing the mapper."""
+"""What the three builder scripts share: their flags, loading the tokenizers, writing the mapper.
+
+Whatever goes wrong ends a script with status 2 and one message.
+"""
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """The flags of a builder script. Needs no heavy import, so that --help answers at once."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--teacher", required=True, help="the teacher's tokenizer: a folder or a hub name")
     parser.add_argument("--student", required=True, help="the student's tokenizer: a folder or a hub name")
-    parser.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="the .safetensors file to write, in a folder that is made where there is none. A file that is there is "
+        "replaced once the new one is whole",
+    )
     parser.add_argument(
         "--simi_threshold",
         "--simi_threadshold",
@@ -50,24 +61,48 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 def build_and_save(build: Callable, arguments: argparse.Namespace) -> None:
     """Build a mapper with `build(teacher_forms, student_forms, threshold)`, write it and print its report."""
+    outputs = {"output": arguments.output, "export_json": arguments.export_json}
+    for flag, path in outputs.items():
+        if path is not None:
+            _make_room(flag, path)  # before the minute that building takes
+
     from get_vocab_mapper.token_forms import token_forms
 
-    for path in filter(None, (arguments.output, arguments.export_json)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     forms = []
     for flag in ("teacher", "student"):
         tokenizer = _load_tokenizer(flag, getattr(arguments, flag), arguments.trust_remote_code)
         try:
             forms.append(token_forms(tokenizer))
         except ValueError as error:
-            sys.exit(f"--{flag}: {error}")
-    mapper = build(*forms, threshold=arguments.simi_threshold)
-    mapper.save(arguments.output)
+            _fail(f"--{flag}: {error}")
+    try:
+        mapper = build(*forms, threshold=arguments.simi_threshold)
+    except ValueError as error:
+        _fail(str(error))
     print(mapper.report(*forms))
-    print(f"written: {arguments.output}")
-    if arguments.export_json:
-        mapper.export_json(arguments.export_json)
-        print(f"written: {arguments.export_json}")
+    for flag, path, write in (
+        ("output", arguments.output, mapper.save),
+        ("export_json", arguments.export_json, mapper.export_json),
+    ):
+        if path is not None:
+            replaced = path.exists()
+            try:
+                write(path)
+            except OSError as error:
+                _fail(f"--{flag} {path}: it cannot be written: {error.strerror or error}.")
+            print(f"written{', in the place of an older file' if replaced else ''}: {path}")
+
+
+def _make_room(flag: str, path: Path) -> None:
+    """The folder of a file that is to be written; ends the script where no file can be written there."""
+    if path.is_dir():
+        _fail(f"--{flag} {path}: this is a folder. Give the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        _fail(f"--{flag} {path}: no file can be written there: {error.strerror}. Give another folder.")
 
 
 def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
@@ -79,13 +114,21 @@ def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
             str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"--{flag}: no tokenizer could be loaded from {name!r}: {error}")
+        _fail(f"--{flag}: no tokenizer could be loaded from {name!r}: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, and is {text}")
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, and is {text}")
     return value
 
 

@@ -11,11 +11,19 @@ Two tokens match exactly
 - else if their forms are equal, and both are special or neither is. Where several ids of a side share a form,
   every id of the other side with that form maps to the lowest of them. So an id that is not the lowest of
   its form has an exact match too, though nothing maps to it.
+
+The file format has one version number. It goes up with every change that would make older code misread a file, or
+newer code check less of an older one; only the current version is read, for a mapper is built again in a minute.
+  1: the arrays, and what they were built for.
+  2: the same, with a SHA-256 of it all.
 """
 
+import hashlib
 import json
 import os
+import shlex
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +37,28 @@ from get_vocab_mapper.near_strings import nearest_strings, similar_strings
 from get_vocab_mapper.token_forms import ROLES, TokenForms
 
 FORMAT = "cdm-vocab-mapper"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KINDS = ("em", "mined", "prefixem", "published")
 DEFAULT_THRESHOLD = 0.3
 
-_REBUILD = "Build it again with the scripts in get_vocab_mapper/."
+_BUILDERS = {"em": "get_em_mapper.py", "mined": "get_MinED_mapper.py", "prefixem": "get_prefixEM_mapper.py"}
+
+
+def build_command(
+    kind: str,
+    output: str | os.PathLike,
+    teacher_forms: TokenForms | None = None,
+    student_forms: TokenForms | None = None,
+    threshold: float = DEFAULT_THRESHOLD,
+) -> str:
+    """The command line that builds a mapper (of kind "em" where a kind has no builder), for messages."""
+    words = ["python", f"get_vocab_mapper/{_BUILDERS.get(kind, _BUILDERS['em'])}"]
+    words += ["--teacher", "TEACHER" if teacher_forms is None else teacher_forms.name]
+    words += ["--student", "STUDENT" if student_forms is None else student_forms.name]
+    words += ["--output", str(output)]
+    if threshold != DEFAULT_THRESHOLD:
+        words += ["--simi_threshold", str(threshold)]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,9 @@ class Side:
     @classmethod
     def of(cls, forms: TokenForms) -> "Side":
         return cls(name=forms.name, size=len(forms), fingerprint=forms.fingerprint)
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.size} tokens)"
 
 
 @dataclass(frozen=True)
@@ -130,17 +158,24 @@ class VocabMapper:
         source: str = "the mapper",
     ) -> None:
         """Raise ValueError if a given tokenizer is not the one that the mapper was built for."""
-        for role, built_for, forms in (
-            ("teacher", self.teacher, teacher_forms),
-            ("student", self.student, student_forms),
-        ):
-            if forms is not None and built_for.fingerprint != forms.fingerprint:
-                raise ValueError(
-                    f"{source} was built for the {role} tokenizer {built_for.name!r} ({built_for.size} "
-                    f"tokens), and the {role} given is {forms.name!r} ({len(forms)} tokens), whose tokens "
-                    f"differ. Build a mapper for this pair with the scripts in get_vocab_mapper/, or give "
-                    f"the {role} that it was built for."
-                )
+        built_for = {"teacher": self.teacher, "student": self.student}
+        sides = (("teacher", teacher_forms), ("student", student_forms))
+        given = {role: Side.of(forms) for role, forms in sides if forms is not None}
+        wrong = [role for role, side in given.items() if side.fingerprint != built_for[role].fingerprint]
+        if not wrong:
+            return
+        pair = f"the teacher tokenizer {self.teacher} and the student tokenizer {self.student}"
+        command = build_command(self.kind, "NEW.safetensors", teacher_forms, student_forms, self.threshold)
+        swapped = {"teacher": self.student.fingerprint, "student": self.teacher.fingerprint}
+        if {role: side.fingerprint for role, side in given.items()} == swapped:
+            raise ValueError(
+                f"{source} was built for student→teacher: for {pair}, which have changed places here. Exchange "
+                f"the two models, or build a mapper for this direction: {command}"
+            )
+        here = ", ".join(f"the {role} is {given[role]}, whose tokens differ" for role in wrong)
+        raise ValueError(
+            f"{source} was built for {pair}, and here {here}. Give the mapper of this pair, or build it: {command}"
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the mapper as one .safetensors file. The file appears whole or not at all."""
@@ -159,6 +194,7 @@ class VocabMapper:
         for name in ("similar_to_student", "similar_to_teacher"):
             for part, array in vars(getattr(self, name)).items():
                 arrays[f"{name}.{part}"] = array
+        metadata["sha256"] = _digest(metadata, arrays)
         _write_whole(Path(path), safetensors.numpy.save(arrays, metadata))
 
     @classmethod
@@ -167,30 +203,48 @@ class VocabMapper:
         path: str | os.PathLike,
         teacher_forms: TokenForms | None = None,
         student_forms: TokenForms | None = None,
+        kind: str = "em",
     ) -> "VocabMapper":
         """Read a file that `save` wrote.
 
+        Args:
+            path: the file.
+            teacher_forms, student_forms: the vocabularies that it must have been built for, where given.
+            kind: what to build where there is no such file, for the message.
+
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, of a newer format or no mapper at all, or one of the given
-                tokenizers is not the one it was built for.
+            ValueError: the file is damaged, of another format version or no mapper at all, or one of the given
+                tokenizers is not the one it was built for. Nothing of a damaged file is used.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no vocabulary mapper at {path}.")
+        # Never the name of a file of another sort: whoever follows the message would write over it.
+        output = path.with_suffix(".safetensors")
+        command = build_command(kind, output, teacher_forms, student_forms)
+        _require_file(path, command)
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no vocabulary mapper ({error}). {_REBUILD}") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but no vocabulary mapper. {_REBUILD}")
-        version = metadata.get("format_version", "")
-        if version != str(FORMAT_VERSION):
+                metadata, names = file.metadata() or {}, list(file.keys())
+                # Before anything is read: another file's tensors may be a model of many gigabytes.
+                if metadata.get("format") != FORMAT:
+                    held = f"its first tensor is {names[0]!r}" if names else "it holds nothing"
+                    command = build_command(kind, "NEW.safetensors", teacher_forms, student_forms)
+                    raise ValueError(
+                        f"{path} is a safetensors file, but no vocabulary mapper ({held}). Build one: {command}"
+                    )
+                command = build_command(metadata.get("kind", kind), output, teacher_forms, student_forms)
+                _check_version(path, metadata.get("format_version", ""), command)
+                arrays = {name: file.get_tensor(name) for name in names}
+        except (safetensors.SafetensorError, TypeError) as error:
+            with open(path, "rb") as file:
+                looks_like_json = file.read(1) in (b"{", b"[")
+            hint = " A file in the published layout must have a name that ends in .json." if looks_like_json else ""
             raise ValueError(
-                f"{path} has mapper format version {version!r}, and this code reads {FORMAT_VERSION}. "
-                f"Update the code, or build the file again with the scripts in get_vocab_mapper/."
+                f"{path} is damaged or no vocabulary mapper ({error}).{hint} Build it again: {command}"
+            ) from error
+        if metadata.pop("sha256", None) != _digest(metadata, arrays):
+            raise ValueError(
+                f"{path} is damaged (its content is not what its checksum was taken of). Build it again: {command}"
             )
         try:
             mapper = cls(
@@ -209,7 +263,7 @@ class VocabMapper:
             )
             mapper._check_arrays()
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}). {_REBUILD}") from error
+            raise ValueError(f"{path} is damaged ({error}). Build it again: {command}") from error
         mapper.check_tokenizers(teacher_forms, student_forms, source=str(path))
         return mapper
 
@@ -235,6 +289,13 @@ class VocabMapper:
                 raise ValueError(f"the rows of {name} do not cover its entries")
             if table.distances.dtype != np.float32 or table.distances.shape != (pairs,):
                 raise ValueError(f"{name} has {pairs} entries and another number of distances")
+            # Not the other way round: a NaN is neither below nor above.
+            if not ((table.distances >= 0) & (table.distances <= np.float32(self.threshold))).all():
+                raise ValueError(f"{name} holds a distance outside 0 .. {self.threshold}")
+            steps, id_steps = np.diff(table.distances), np.diff(table.indices)
+            falls = 1 + np.flatnonzero((steps < 0) | ((steps == 0) & (id_steps <= 0)))
+            if not np.isin(falls, table.indptr).all():
+                raise ValueError(f"a row of {name} is not in order")
 
     def export_json(self, path: str | os.PathLike) -> None:
         """Write teacher_to_student in the published scripts' layout.
@@ -257,37 +318,52 @@ class VocabMapper:
         """Read `{"teacher id": student id}`, 0 = unmapped, and compute what that layout leaves out.
 
         A teacher id that the file leaves out is unmapped. Warns that nothing in the file says which
-        tokenizers it belongs to.
+        tokenizers it belongs to, and how many ids it leaves out.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no such JSON, or an id in it is outside its vocabulary.
+            ValueError: the file is no such JSON, an id in it is outside its vocabulary or stands there twice, or it
+                maps nothing.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no vocabulary mapper at {path}.")
-        layout = 'Expected is {"teacher id": student id}, with 0 for an unmapped token.'
+        command = build_command("em", path.with_suffix(".safetensors"), teacher_forms, student_forms)
+        again = f"Build a mapper: {command}"
+        _require_file(path, command)
+        layout = f'Expected is {{"teacher id": student id}}, with 0 for an unmapped token. {again}'
         try:
-            entries = json.loads(path.read_bytes())
-        except ValueError as error:
+            entries = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no valid JSON ({error}). {layout}") from error
         if not isinstance(entries, dict):
             raise ValueError(f"{path} holds a JSON {type(entries).__name__}. {layout}")
+        pair = f"{Side.of(teacher_forms)} and {Side.of(student_forms)}"
         static = np.full(len(teacher_forms), -1, dtype=np.int32)
         for key, student_id in entries.items():
-            if not (key.isascii() and key.isdigit()) or type(student_id) is not int:
+            # `007` would be a second name of id 7.
+            is_id = key.isascii() and key.isdigit() and (key == "0" or key[0] != "0")
+            if not is_id or type(student_id) is not int:
                 raise ValueError(f"{path}: the entry {key!r}: {student_id!r} is no pair of ids. {layout}")
-            if int(key) >= len(teacher_forms) or not 0 <= student_id < len(student_forms):
+            # The number of digits first: Python reads no integer of thousands of them.
+            too_large = len(key) > 9 or int(key) >= len(teacher_forms)
+            if too_large or not 0 <= student_id < len(student_forms):
                 raise ValueError(
-                    f"{path}: the entry {key!r}: {student_id} is outside the vocabularies of "
-                    f"{teacher_forms.name!r} ({len(teacher_forms)} tokens) and {student_forms.name!r} "
-                    f"({len(student_forms)} tokens). The file belongs to another pair of tokenizers."
+                    f"{path}: the entry {key!r}: {student_id} is outside the vocabularies of {pair}. The file "
+                    f"belongs to another pair of tokenizers. {again}"
                 )
             if student_id != 0:
                 static[int(key)] = student_id
+        if (static < 0).all():
+            raise ValueError(f"{path} maps no token of {pair}: all of its {len(entries)} entries are 0. {again}")
+        absent = [v for v in range(len(static)) if str(v) not in entries]
+        left_out = (
+            f" It leaves out {len(absent)} of the {len(static)} teacher ids, the first of them {absent[0]}; they are "
+            "taken as unmapped."
+            if absent
+            else ""
+        )
         warnings.warn(
-            f"{path} does not say which tokenizers it was made for, so it cannot be checked that it fits "
-            f"{teacher_forms.name!r} and {student_forms.name!r}. A mapper from get_vocab_mapper/ can.",
+            f"{path} does not say which tokenizers it was made for, so it cannot be checked that it fits {pair}."
+            f"{left_out} A mapper from get_vocab_mapper/ can be checked: {command}",
             stacklevel=2,
         )
         to_student, to_teacher = exact_matches(teacher_forms, student_forms)
@@ -318,8 +394,11 @@ def load_mapper(
     student_forms: TokenForms,
     threshold: float = DEFAULT_THRESHOLD,
     progress: bool = True,
+    kind: str = "em",
 ) -> VocabMapper:
     """Read a mapper of either layout (a published file is one that ends in .json) for this pair and this θ.
+
+    `kind` is what to build where there is no such file, for the message.
 
     Raises:
         FileNotFoundError, ValueError: as `VocabMapper.load`, `VocabMapper.with_threshold` and
@@ -327,7 +406,14 @@ def load_mapper(
     """
     if Path(path).suffix.lower() == ".json":
         return VocabMapper.from_published_json(path, teacher_forms, student_forms, threshold, progress)
-    return VocabMapper.load(path, teacher_forms, student_forms).with_threshold(threshold)
+    mapper = VocabMapper.load(path, teacher_forms, student_forms, kind)
+    if threshold > mapper.threshold:
+        raise ValueError(
+            f"{path} holds similar tokens below {mapper.threshold} only, and --simi_threshold {threshold} is asked "
+            f"for. Give {mapper.threshold} or less, or build it again: "
+            f"{build_command(mapper.kind, path, teacher_forms, student_forms, threshold)}"
+        )
+    return mapper.with_threshold(threshold)
 
 
 def build_em(
@@ -605,6 +691,40 @@ def _check_ids(name: str, array: np.ndarray, length: int, lowest: int, end: int)
         raise ValueError(f"{name} is {array.dtype} {array.shape}, not int32 ({length},)")
     if array.size and not lowest <= array.min() <= array.max() < end:
         raise ValueError(f"{name} holds a value outside {lowest} .. {end - 1}")
+
+
+def _require_file(path: Path, command: str) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Give the mapper file itself, or build one: {command}")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no vocabulary mapper at {path}. Build it: {command}")
+
+
+def _check_version(path: Path, version: str, command: str) -> None:
+    if version != str(FORMAT_VERSION):
+        newer = version.isdecimal() and int(version) > FORMAT_VERSION
+        raise ValueError(
+            f"{path} has mapper format version {version!r}, and this code reads {FORMAT_VERSION}. "
+            f"{'Update the code, or build it again' if newer else 'Build it again'}: {command}"
+        )
+
+
+def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of all that a file says. safetensors itself has no checksum: a wrong id would teach a wrong token."""
+    described = [(name, array.dtype.name, array.shape) for name, array in sorted(arrays.items())]
+    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), described]).encode())
+    for name, *_ in described:
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object of these pairs. Raises ValueError where a key stands there twice: the last would win unseen."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands there {count} times")
+    return entries
 
 
 def _write_whole(path: Path, content: bytes) -> None:

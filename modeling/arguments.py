@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from modeling.build_locks import clear_stale_locks
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -60,9 +65,7 @@ class StudentArguments:
     lora_alpha: int = field(
         default=32, metadata={"help": "An adapter's output is multiplied by lora_alpha / lora_rank. 1 or more."}
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapters' inputs. From 0, and below 1."}
-    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs. From 0, and below 1."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Names of the modules that get an adapter; all-linear is every linear layer but the head."},
@@ -70,15 +73,18 @@ class StudentArguments:
 
     def __post_init__(self):
         check(self.freeze_layers >= 0, "freeze_layers", self.freeze_layers, "give 0 or more")
-        check(
-            not (self.use_lora and self.freeze_layers),
-            "freeze_layers",
-            self.freeze_layers,
-            "leave it out with --use_lora true, which trains no layer's own weights",
-        )
+        for name in ("freeze_layers", "freeze_emb"):
+            value = getattr(self, name)
+            check(
+                not (self.use_lora and value),
+                *(name, value, "leave it out with --use_lora true, which trains no layer's own weights"),
+            )
         check(self.lora_rank >= 1, "lora_rank", self.lora_rank, "give 1 or more")
         check(self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "give 1 or more")
         check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "give a number from 0, and below 1")
+        for name, default in (("rank", 16), ("alpha", 32), ("dropout", 0.0), ("target_modules", ["all-linear"])):
+            value = getattr(self, f"lora_{name}")
+            check(self.use_lora or value == default, f"lora_{name}", value, "give --use_lora true too")
 
 
 @dataclass
@@ -136,6 +142,27 @@ class DistillationArguments:
             "--deepspeed. By default every rank holds the whole teacher."
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that all ranks see: the teacher runs once over all examples (in batches of "
+            "--per_device_eval_batch_size), its last hidden states are kept there with its head, and training reads "
+            "them. A run that finds all its examples there does not load the teacher. Any number of teachers and runs "
+            "share one folder. By default the teacher runs in every step."
+        },
+    )
+    teacher_cache_dtype: Dtype = field(
+        default="auto",
+        metadata={"help": "The dtype of what --teacher_cache keeps. auto is the teacher's own, which loses nothing."},
+    )
+    teacher_cache_topk: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep only so many of a position's largest log-probabilities, and spread the rest of the "
+            "probability evenly over all other tokens: smaller, and an approximation. By default everything is kept, "
+            "as hidden states."
+        },
+    )
     kd_alpha: float = field(
         default=0.5,
         metadata={"help": "The share of cross-entropy in the loss: kd_alpha * CE + (1 - kd_alpha) * KD. 0 to 1."},
@@ -149,7 +176,12 @@ class DistillationArguments:
 
     def __post_init__(self):
         check(0 <= self.kd_alpha <= 1, "kd_alpha", self.kd_alpha, "give a number from 0 (only KD) to 1 (only CE)")
-        check(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "give a number above 0")
+        check(0 < self.kd_temperature < math.inf, "kd_temperature", self.kd_temperature, "give a finite number above 0")
+        topk = self.teacher_cache_topk
+        check(topk is None or topk >= 1, "teacher_cache_topk", topk, "give 1 or more, or leave it out")
+        for name, default in (("teacher_cache_dtype", "auto"), ("teacher_cache_topk", None)):
+            value = getattr(self, name)
+            check(bool(self.teacher_cache) or value == default, name, value, "give --teacher_cache DIR too")
         if self.teacher_device not in (None, "auto"):
             try:
                 torch.device(self.teacher_device)
@@ -185,6 +217,14 @@ class TrainingArguments(HfTrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the batches hold more than the model reads."}
     )
+    logits_chunk: int = field(
+        default=0,
+        metadata={
+            "help": "Compute the logits of so many positions at a time, together with the loss, and once more for its "
+            "gradient: a batch's logits never exist as a whole, on either side. The same loss in far less memory and "
+            "more time; 128 is a good number. 0 computes all at once."
+        },
+    )
     merge_lora: bool = field(
         default=False,
         metadata={
@@ -194,19 +234,41 @@ class TrainingArguments(HfTrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_numbers()
         check(not self.remove_unused_columns, "remove_unused_columns", True, "leave it out, losses need the columns")
+        check(
+            self.label_smoothing_factor == 0,
+            "label_smoothing_factor",
+            self.label_smoothing_factor,
+            "leave it out, no loss here smooths its labels",
+        )
         check(
             self.average_tokens_across_devices,
             "average_tokens_across_devices",
             False,
             "leave it out, the loss is a mean over the response tokens of all ranks",
         )
+        if self.deepspeed and os.environ.get("LOCAL_RANK", "0") == "0":
+            clear_stale_locks()
         if self.deepspeed and self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # ZeRO-3 needs a process group as soon as TrainingArguments reads the DeepSpeed configuration.
             import deepspeed
 
             deepspeed.init_distributed("gloo")
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("perplexity", "bits_per_byte")):
+            self.greater_is_better = False  # transformers knows it of losses only
+        for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
+            _check_json(name, getattr(self, name))
         super().__post_init__()
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        for place in self.report_to:
+            check(place in known, "report_to", place, f"give none, all, or some of {', '.join(known)}")
+        check(
+            not self.fp16 or self.device.type != "cpu",
+            "fp16",
+            True,
+            "on a CPU it would be ignored, and training run in float32. Give --bf16 true, or leave it out",
+        )
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != self.world_size:
             raise ValueError(
@@ -222,6 +284,12 @@ class TrainingArguments(HfTrainingArguments):
         if self.deepspeed and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
             raise ValueError("ACCELERATE_USE_CPU makes accelerate ignore --deepspeed. Unset it; use --use_cpu true.")
         check(
+            not (self.logits_chunk and self.deepspeed and self.hf_deepspeed_config.is_zero3()),
+            "logits_chunk",
+            self.logits_chunk,
+            "leave it out under ZeRO-3, where no rank holds the student's whole head, or train with ZeRO-2",
+        )
+        check(
             not (self.merge_lora and self.deepspeed and self.hf_deepspeed_config.is_zero3()),
             "merge_lora",
             True,
@@ -229,33 +297,137 @@ class TrainingArguments(HfTrainingArguments):
             "peft.AutoPeftModelForCausalLM.from_pretrained(OUTPUT).merge_and_unload()",
         )
 
+    def _check_numbers(self) -> None:
+        """What torch and transformers find out late, or never (a NaN)."""
+        at_least = {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "save_total_limit": 1,
+            "learning_rate": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "warmup_steps": 0,
+            "dataloader_num_workers": 0,
+            "logits_chunk": 0,
+            "adam_epsilon": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            check(value is None or least <= value < math.inf, name, value, f"give a finite number, {least} or more")
+        for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
+            value = getattr(self, name)
+            check(value is None or 0 < value < math.inf, name, value, "give a finite number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0, and below 1")
+        steps = self.max_steps
+        check(steps == -1 or steps >= 1, "max_steps", steps, "give 1 or more, or leave it out")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value < 2**32, name, value, "give a number from 0, and below 2**32")
+
+
+def _check_json(name: str, value: object) -> None:
+    """transformers reads a string that begins with a brace, and says nothing of another."""
+    if isinstance(value, str):
+        try:
+            known = isinstance(json.loads(value), dict)
+        except json.JSONDecodeError:
+            known = False
+        check(known, name, value, "give a JSON object, '{\"name\": value}'")
+
+
+class ArgumentParser(HfArgumentParser):
+    """Ends a script with status 2 and one line: no usage of 200 lines, no second spelling of each flag."""
+
+    source = ""  # what the arguments come from, in front of a message
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message).replace("\n", " ")
+        self.exit(2, f"{self.prog}: error: {self.source}{message}\n")
+
+    def unknown(self, flags: list[str]) -> str:
+        """What to say of flags that are none."""
+        sentences = []
+        for flag in flags:
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            near += [known for known in self._option_string_actions if known.startswith(flag)]
+            hint = f"Did you mean {near[0]}?" if near else "--help lists all."
+            sentences.append(f"unknown argument {flag}. {hint}")
+        return " ".join(sentences)
+
 
 def parse_arguments(dataclass_types: list[type], description: str, argv: list[str] | None = None) -> tuple:
     """One instance of each dataclass, from flags or from a single JSON file. Exits with a message on bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(dataclass_types, description=description)
+    # Abbreviations would change their meaning with every new flag.
+    parser = ArgumentParser(dataclass_types, description=description, allow_abbrev=False)
     # A launcher adds its own flag for the rank; transformers reads the rank from the environment.
     argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
     try:
         if len(argv) == 1 and argv[0].endswith(".json"):
-            argv = _flags_of_json(Path(argv[0]))
-        *parsed, unknown = parser.parse_args_into_dataclasses(
+            parser.source = f"{argv[0]}: "
+            argv = _flags_of_json(Path(argv[0]), parser)
+        # First: a misspelt flag that is required would be called missing.
+        names = dict.fromkeys(word.split("=")[0] for word in argv if word.startswith("--") and word != "--")
+        if unknown := [name for name in names if name not in parser._option_string_actions]:
+            parser.error(parser.unknown(unknown))
+        *parsed, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
+        if rest:
+            alone = " A JSON file of arguments stands alone." if rest[0].endswith(".json") else ""
+            parser.error(f"unexpected {rest[0]!r}: in front of every value stands its flag.{alone}")
         check_together(*parsed)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    if unknown:
-        flag = next((a for a in unknown if a.startswith("-")), unknown[0])
-        near = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, n=1)
-        hint = f" Did you mean {near[0]}?" if near else " --help lists all."
-        parser.exit(2, f"{parser.prog}: error: unknown argument {flag}.{hint}\n")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for note in notes(*parsed):
+        print(f"{parser.prog}: warning: {note}", file=sys.stderr)
     return tuple(parsed)
+
+
+def notes(*groups: object) -> list[str]:
+    """What is legal and hardly meant, for the one process that speaks for all."""
+    given = {name: value for group in groups for name, value in vars(group).items()}
+    if given.get("kd_alpha") == 1 and all(group.should_log for group in groups if isinstance(group, TrainingArguments)):
+        return [
+            "--kd_alpha is 1: the teacher teaches nothing, and this is plain SFT. modeling/run_clm_sft.py does the "
+            "same without a teacher's memory and time; give a smaller number to distil."
+        ]
+    return []
+
+
+def _same_folder(path: str, other: str) -> bool:
+    return Path(path).is_dir() and Path(path).resolve() == Path(other).resolve()
 
 
 def check_together(*groups: object) -> None:
     """Raises ValueError where arguments of different groups contradict each other."""
     given = {name: value for group in groups for name, value in vars(group).items()}
+    if not (given["do_train"] or given["do_eval"]):
+        raise ValueError("Nothing to do: give --do_train true, --do_eval true, or both.")
+    check(
+        given["do_eval"] or not given["eval_on_start"],
+        "eval_on_start",
+        True,
+        "give --do_eval true and --validation_file FILE too",
+    )
+    strategy = getattr(given["eval_strategy"], "value", given["eval_strategy"])
+    evaluates = "--do_eval true" if strategy == "no" else f"--eval_strategy {strategy}"
+    for wanted, because, file in (
+        (given["do_train"], "--do_train true", "train_file"),
+        (given["do_eval"], evaluates, "validation_file"),
+    ):
+        if wanted and not given[file]:
+            raise ValueError(f"{because} needs --{file} FILE.")
+    for name in ("teacher_path", "same_tokenizer_teacher_path"):
+        path = given.get(name)
+        check(
+            not (path and given["do_train"] and _same_folder(path, given["output_dir"])),
+            "output_dir",
+            given["output_dir"],
+            f"the trained student would be saved over the teacher, --{name}. Give another folder",
+        )
     check(
         not given.get("teacher_zero3") or given["deepspeed"],
         "teacher_zero3",
@@ -268,6 +440,13 @@ def check_together(*groups: object) -> None:
         "auto",
         "every rank would spread a copy over the same devices. Start one process, or use --teacher_zero3 true",
     )
+    kept, topk = given.get("teacher_cache_topk"), given.get("topk")
+    check(
+        kept is None or topk is None or kept >= topk,
+        "teacher_cache_topk",
+        kept,
+        f"the loss reads the {topk} most probable tokens (--topk). Give at least as many, or a smaller --topk",
+    )
     check(
         not given.get("merge_lora") or given.get("use_lora"),
         "merge_lora",
@@ -276,20 +455,24 @@ def check_together(*groups: object) -> None:
     )
 
 
-def _flags_of_json(path: Path) -> list[str]:
+def _flags_of_json(path: Path, parser: ArgumentParser) -> list[str]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        raise ValueError(f"line {error.lineno} is not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8. Convert the file to UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: it must hold one JSON object of argument names and values")
+        raise ValueError("it must hold one JSON object of argument names and values")
     flags: list[str] = []
     for name, value in values.items():
-        if value is None:
-            continue
-        flags.append(f"--{name}")
+        action = parser._option_string_actions.get(f"--{name}")
         if isinstance(value, list):
-            flags.extend(map(str, value))
-        else:
-            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            if action is not None and action.nargs is None:
+                raise ValueError(f"--{name} is {value!r}: give one value, not a list")
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags

@@ -68,7 +68,7 @@ def mined_choice(text: str, candidates: list[tuple[int, str]], distance=levensht
     return u, lev
 
 
-def static_map(kind: str, teacher, student) -> tuple[list[int], list[int]]:
+def static_map(kind: str, teacher, student, distance=levenshtein) -> tuple[list[int], list[int]]:
     """teacher_to_student and student_to_teacher of a mapper of this kind."""
     pairs = role_pairs(teacher, student)
     forward = exact(teacher, student, pairs)
@@ -83,7 +83,7 @@ def static_map(kind: str, teacher, student) -> tuple[list[int], list[int]]:
             continue
         if kind == "mined" and candidates:
             text = read(teacher.forms[v])
-            forward[v], lev = mined_choice(text, [(u, read(student.forms[u])) for u in candidates])
+            forward[v], lev = mined_choice(text, [(u, read(student.forms[u])) for u in candidates], distance)
             preference[v] = lev
         if kind == "prefixem":
             form = teacher.forms[v]

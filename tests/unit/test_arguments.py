@@ -25,26 +25,33 @@ def required(tmp_path):
         "teacher_to_student_id_mapping": "M",
         "output_dir": str(tmp_path / "out"),
         "use_cpu": "true",
+        "do_train": "true",
+        "train_file": "F",
     }
 
 
 @pytest.fixture
 def parse(required):
-    def parse(**arguments):
+    def parse(*words, **arguments):
         given = {**required, **arguments}
-        words = {name: value.split() for name, value in given.items()}
-        return parse_arguments(GROUPS, "", [word for name in words for word in (f"--{name}", *words[name])])
+        flags = [word for name, value in given.items() if value for word in (f"--{name}", *value.split())]
+        return parse_arguments(GROUPS, "", [*flags, *words])
 
     return parse
 
 
 @pytest.fixture
 def error_of(parse, capsys):
-    def error_of(**arguments):
+    """What a user sees: one line on stderr, without usage, and status 2."""
+
+    def error_of(*words, **arguments):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            parse(**arguments)
+            parse(*words, **arguments)
         assert exit.value.code == 2
-        return capsys.readouterr().err
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and ": error: " in said.err
+        return said.err
 
     return error_of
 
@@ -57,6 +64,8 @@ def test_defaults(parse):
     assert (distillation.kd_alpha, distillation.kd_temperature) == (0.5, 1.0)
     assert (distillation.teacher_dtype, distillation.teacher_device) == ("auto", None)
     assert distillation.teacher_zero3 is False
+    assert (distillation.teacher_cache, distillation.teacher_cache_topk) == (None, None)
+    assert distillation.teacher_cache_dtype == "auto"
     assert (cdm.topk, cdm.simi_threshold, cdm.alignment, cdm.cross_weight) == (100, 0.3, "dtw", 0.5)
     assert cdm.same_tokenizer_teacher_path is None
     assert data.block_size == 512
@@ -66,28 +75,94 @@ def test_defaults(parse):
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("kd_alpha", ("0", "1"), ("-0.1", "1.1", "nan")),
-        ("kd_temperature", ("0.01",), ("0", "-1", "nan")),
-        ("cross_weight", ("0", "1"), ("-0.1", "1.1", "nan")),
-        ("topk", ("1",), ("0",)),
-        ("simi_threshold", ("1",), ("0", "1.1", "nan")),
+        ("kd_alpha", ("0", "1"), ("-0.1", "1.1", "nan", "inf")),
+        ("kd_temperature", ("0.01",), ("0", "-1", "nan", "inf")),
+        ("topk", ("1",), ("0", "-1")),
+        ("simi_threshold", ("1",), ("0", "1.1", "nan", "inf")),
         ("block_size", ("2",), ("1",)),
         ("max_train_samples", ("1",), ("0",)),
         ("max_eval_samples", ("1",), ("0",)),
         ("preprocessing_num_workers", ("1",), ("0",)),
         ("freeze_layers", ("0",), ("-1",)),
-        ("lora_rank", ("1",), ("0",)),
-        ("lora_alpha", ("1",), ("0",)),
-        ("lora_dropout", ("0", "0.99"), ("-0.1", "1", "nan")),
         ("teacher_device", ("cpu", "cpu:0", "auto"), ("gpu", "cpu:x")),
+        ("learning_rate", ("0", "1e-5"), ("-1", "nan", "inf")),
+        ("weight_decay", ("0",), ("-1", "nan", "inf")),
+        ("max_grad_norm", ("0",), ("-1", "nan", "inf")),
+        ("warmup_steps", ("0", "0.1"), ("-1", "nan", "inf")),
+        ("adam_beta1", ("0",), ("-0.1", "1", "nan")),
+        ("adam_beta2", ("0",), ("-0.1", "1", "nan")),
+        ("adam_epsilon", ("0",), ("-1", "nan")),
+        ("num_train_epochs", ("0.5",), ("0", "-1", "nan", "inf")),
+        ("max_steps", ("-1", "1"), ("0", "-2")),
+        ("per_device_train_batch_size", ("1",), ("0", "-1")),
+        ("per_device_eval_batch_size", ("1",), ("0", "-1")),
+        ("gradient_accumulation_steps", ("1",), ("0", "-1")),
+        ("logging_steps", ("1", "0.1"), ("0", "-1", "nan", "inf")),
+        ("save_steps", ("1", "0.1"), ("0", "-1", "nan", "inf")),
+        ("eval_steps", ("1", "0.1"), ("0", "-1", "nan", "inf")),
+        ("save_total_limit", ("1",), ("0", "-1")),
+        ("dataloader_num_workers", ("0",), ("-1",)),
+        ("seed", ("0", str(2**32 - 1)), ("-1", str(2**32))),
+        ("data_seed", ("0",), ("-1", str(2**32))),
     ],
 )
 def test_ranges(parse, error_of, name, good, bad):
     for value in good:
         parse(**{name: value})
     for value in bad:
-        message = error_of(**{name: value})
-        assert f"error: --{name} is " in message and message.count("\n") == 1
+        assert f"error: --{name} is " in error_of(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "good", "bad"),
+    [
+        ("cross_weight", {"same_tokenizer_teacher_path": "T2"}, ("0", "1"), ("-0.1", "1.1", "nan")),
+        ("lora_rank", {"use_lora": "true"}, ("1",), ("0",)),
+        ("lora_alpha", {"use_lora": "true"}, ("1",), ("0",)),
+        ("lora_dropout", {"use_lora": "true"}, ("0", "0.99"), ("-0.1", "1", "nan")),
+        ("lora_target_modules", {"use_lora": "true"}, ("q_proj",), ()),
+    ],
+)
+def test_ranges_of_what_needs_another_flag(parse, error_of, name, needs, good, bad):
+    for value in good:
+        parse(**{name: value, **needs})
+    for value in (*good, *bad):
+        if value != "0":  # the default of a dropout
+            message = error_of(**{name: value})
+            assert f"error: --{name} is " in message
+            if value not in bad:
+                assert f"give --{next(iter(needs))}" in message
+    for value in bad:
+        assert f"error: --{name} is " in error_of(**{name: value, **needs})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kd_alpha", "half", "argument --kd_alpha: invalid float value: 'half'"),
+        ("topk", "1.5", "argument --topk: invalid int value: '1.5'"),
+        ("alignment", "dwt", "argument --alignment: invalid choice: 'dwt'"),
+        ("simi_threshold", "x", "argument --simi_threshold: invalid float value: 'x'"),
+        ("do_train", "maybe", "argument --do_train: Truthy value expected: got maybe"),
+    ],
+)
+def test_values_of_another_type(error_of, name, value, message):
+    assert f"error: {message}" in error_of(**{name: value})
+
+
+def test_what_is_legal_and_hardly_meant_is_said_once(parse, capsys):
+    parse(kd_alpha="1", disable_tqdm="true")
+    said = capsys.readouterr().err
+    assert said.count("--kd_alpha is 1: the teacher teaches nothing, and this is plain SFT. modeling/run_clm_sft") == 1
+    parse(kd_alpha="0")
+    parse(kd_alpha="0.99")
+    assert "kd_alpha" not in capsys.readouterr().err
+
+
+def test_which_metric_is_better_where_smaller(parse):
+    for metric, greater in (("perplexity", False), ("eval_bits_per_byte", False), ("loss", False), ("aligned", True)):
+        assert parse(metric_for_best_model=metric)[-1].greater_is_better is greater
+    assert parse(metric_for_best_model="perplexity", greater_is_better="true")[-1].greater_is_better is True
 
 
 @pytest.mark.parametrize(
@@ -96,8 +171,30 @@ def test_ranges(parse, error_of, name, good, bad):
         ({"remove_unused_columns": "true"}, "--remove_unused_columns is True: leave it out"),
         ({"average_tokens_across_devices": "false"}, "--average_tokens_across_devices is False: leave it out"),
         ({"use_lora": "true", "freeze_layers": "2"}, "--freeze_layers is 2: leave it out with --use_lora true"),
+        ({"use_lora": "true", "freeze_emb": "true"}, "--freeze_emb is True: leave it out with --use_lora true"),
         ({"merge_lora": "true"}, "--merge_lora is True: give --use_lora true too"),
+        ({"do_train": ""}, "Nothing to do: give --do_train true, --do_eval true, or both."),
+        ({"train_file": ""}, "--do_train true needs --train_file FILE."),
+        ({"do_eval": "true"}, "--do_eval true needs --validation_file FILE."),
+        ({"eval_strategy": "epoch"}, "--eval_strategy epoch needs --validation_file FILE."),
+        ({"eval_on_start": "true"}, "--eval_on_start is True: give --do_eval true and --validation_file FILE too"),
+        ({"load_best_model_at_end": "true"}, "--load_best_model_at_end requires the save and eval strategy to match"),
+        ({"fp16": "true", "bf16": "true"}, "At most one of fp16 and bf16 can be True"),
+        ({"fp16": "true"}, "--fp16 is True: on a CPU it would be ignored, and training run in float32. Give --bf16"),
+        ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor is 0.1: leave it out, no loss here smooths"),
+        ({"cross_weight": "0.3"}, "--cross_weight is 0.3: give --same_tokenizer_teacher_path too"),
+        ({"deepspeed": "none.json"}, "none.json"),
+        ({"lr_scheduler_kwargs": "{1}"}, "--lr_scheduler_kwargs is '{1}': give a JSON object"),
+        ({"lr_scheduler_kwargs": "cycles"}, "--lr_scheduler_kwargs is 'cycles': give a JSON object"),
+        ({"report_to": "paper"}, "--report_to is 'paper': give none, all, or some of "),
         ({"teacher_zero3": "true"}, "--teacher_zero3 is True: give --deepspeed CONFIG too"),
+        ({"teacher_cache_topk": "128"}, "--teacher_cache_topk is 128: give --teacher_cache DIR too"),
+        ({"teacher_cache_dtype": "float16"}, "--teacher_cache_dtype is 'float16': give --teacher_cache DIR too"),
+        ({"teacher_cache": "C", "teacher_cache_topk": "0"}, "--teacher_cache_topk is 0: give 1 or more"),
+        (
+            {"teacher_cache": "C", "teacher_cache_topk": "99"},
+            "--teacher_cache_topk is 99: the loss reads the 100 most probable tokens (--topk). Give at least as many",
+        ),
         (
             {"teacher_zero3": "true", "teacher_device": "cpu"},
             "--teacher_device is 'cpu': leave it out with --teacher_zero3 true",
@@ -115,22 +212,48 @@ def test_a_teacher_spread_over_the_devices_is_for_one_process(parse, monkeypatch
         check_together(*groups)
 
 
+def test_a_teacher_is_not_saved_over(error_of, tmp_path):
+    (tmp_path / "T").mkdir()
+    for name in ("teacher_path", "same_tokenizer_teacher_path"):
+        message = error_of(**{name: f"{tmp_path}/T", "output_dir": f"{tmp_path}/T/../T"})
+        assert f"the trained student would be saved over the teacher, --{name}. Give another folder" in message
+
+
 @pytest.mark.parametrize(
-    ("name", "near"),
+    ("words", "message"),
     [
-        ("kd_alhpa", "Did you mean --kd_alpha?"),
-        ("learning_rat3", "Did you mean --learning_rate?"),
-        ("xyzzy", "--help lists all."),
+        (["--kd_alhpa", "1"], "unknown argument --kd_alhpa. Did you mean --kd_alpha?"),
+        (["--kd_alhpa=1"], "unknown argument --kd_alhpa. Did you mean --kd_alpha?"),
+        (["--learning_rat3", "1"], "unknown argument --learning_rat3. Did you mean --learning_rate?"),
+        (["--xyzzy", "1"], "unknown argument --xyzzy. --help lists all."),
+        (["--xyzzy"], "unknown argument --xyzzy. --help lists all."),
+        # Abbreviations are not taken: they would change their meaning with the next flag.
+        (["--kd_temp", "2"], "unknown argument --kd_temp. Did you mean --kd_temperature?"),
+        (["--max_grad=1"], "unknown argument --max_grad. Did you mean --max_grad_norm?"),
+        (
+            ["--kd_alhpa", "1", "--topk", "5", "--blok_size=9", "--kd_alhpa", "2"],
+            "unknown argument --kd_alhpa. Did you mean --kd_alpha? unknown argument --blok_size. "
+            "Did you mean --block_size?",
+        ),
+        # An unknown flag is named before what would be wrong because of it, and before other faults.
+        (["--topk", "0", "--blok_size", "9"], "unknown argument --blok_size."),
+        (["--topk", "5", "6"], "unexpected '6': in front of every value stands its flag."),
+        (["extra"], "unexpected 'extra': in front of every value stands its flag."),
+        (["run.json"], "unexpected 'run.json': in front of every value stands its flag. A JSON file of arguments"),
     ],
 )
-def test_an_unknown_flag_is_named_with_the_nearest(error_of, name, near):
-    assert f"unknown argument --{name}. {near}" in error_of(**{name: "1"})
+def test_unknown_flags_are_named_with_the_nearest(error_of, words, message):
+    assert f"error: {message}" in error_of(*words)
 
 
-def test_a_missing_argument_is_named(capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse_arguments([StudentArguments], "", [])
-    assert exit.value.code == 2 and "--model_name_or_path" in capsys.readouterr().err
+def test_a_misspelt_flag_that_is_required_is_not_called_missing(error_of):
+    message = error_of("--model_name_or_pth", "S", model_name_or_path="")
+    assert "error: unknown argument --model_name_or_pth. Did you mean --model_name_or_path?" in message
+
+
+def test_missing_arguments_are_named(error_of):
+    message = error_of(model_name_or_path="", teacher_path="")
+    assert message.endswith("error: the following arguments are required: --model_name_or_path, --teacher_path\n")
 
 
 def test_the_published_spelling(parse):
@@ -138,7 +261,7 @@ def test_the_published_spelling(parse):
 
 
 def test_several_target_modules(parse):
-    assert parse(lora_target_modules="q_proj v_proj")[0].lora_target_modules == ["q_proj", "v_proj"]
+    assert parse(lora_target_modules="q_proj v_proj", use_lora="true")[0].lora_target_modules == ["q_proj", "v_proj"]
 
 
 def test_the_rank_that_a_launcher_adds_is_passed_over(required):
@@ -164,20 +287,43 @@ def test_one_json_file(required, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ('{"kd_alpha": 0.5,\n}', "line 2: not valid JSON"),
-        ("[1]", "it must hold one JSON object"),
-        ('{"kd_alhpa": 0.5}', "Did you mean --kd_alpha?"),
+        ('{"kd_alpha": 0.5,\n}', "line 2 is not valid JSON ("),
+        ("", "line 1 is not valid JSON ("),
+        (b"\xff\xfe\xff", "it is not UTF-8"),
+        ("[1]", "it must hold one JSON object of argument names and values"),
+        ('{"kd_alhpa": 0.5}', "unknown argument --kd_alhpa. Did you mean --kd_alpha?"),
         ('{"kd_alpha": 2}', "--kd_alpha is 2.0: give a number from 0"),
-        (None, "No such file"),
+        ('{"kd_alpha": NaN}', "--kd_alpha is nan: give a number from 0"),
+        ('{"kd_alpha": "half"}', "argument --kd_alpha: invalid float value: 'half'"),
+        ('{"kd_alpha": [0.5]}', "--kd_alpha is [0.5]: give one value, not a list"),
+        ('{"kd_alpha": {"a": 1}}', "argument --kd_alpha: invalid float value: "),
+        ('{"topk": 1.5}', "argument --topk: invalid int value: '1.5'"),
+        ('{"do_eval": "perhaps"}', "argument --do_eval: Truthy value expected"),
+        ("{}", "the following arguments are required: --model_name_or_path"),
+        ("folder", "it cannot be read (Is a directory)"),
+        (None, "it cannot be read (No such file or directory)"),
     ],
 )
-def test_a_bad_json_file(required, tmp_path, capsys, text, message):
+def test_a_bad_json_file(required, tmp_path, capsys, content, message):
+    """Every message names the file."""
     file = tmp_path / "run.json"
-    if text is not None:
-        complete = text.replace("{", json.dumps(required)[:-1] + ", ") if text.startswith("{") else text
-        file.write_text(complete)
+    if content == "folder":
+        file.mkdir()
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        rest = content.startswith("{") and content != "{}"
+        file.write_text(content.replace("{", json.dumps(required)[:-1] + ", ", 1) if rest else content)
     with pytest.raises(SystemExit) as exit:
         parse_arguments(GROUPS, "", [str(file)])
-    assert exit.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert f"error: {file}: {message}" in said
+
+
+def test_values_in_a_json_file_that_look_like_flags(required, tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text("\ufeff" + json.dumps({**required, "run_name": "--topk", "max_steps": -1}), encoding="utf-8")
+    assert parse_arguments(GROUPS, "", [str(file)])[-1].run_name == "--topk"

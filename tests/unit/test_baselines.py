@@ -358,7 +358,7 @@ def example_logits(trainer, inputs):
         parts = []
         for model, side, n in (
             (trainer.model, "", trainer.n_student_tokens),
-            (trainer.teacher, "teacher_", trainer.n_teacher_tokens),
+            (trainer.teacher.model, "teacher_", trainer.n_teacher_tokens),
         ):
             ids = inputs[f"{side}input_ids"][b : b + 1, : int(inputs[f"{side}attention_mask"][b].sum())]
             n_response = int((inputs[f"{side}labels"][b] >= 0).sum())

@@ -1,7 +1,12 @@
 """Vocabulary mappers against a full comparison, and their files."""
 
+import errno
 import json
 import os
+import pickle
+import runpy
+import shlex
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +23,7 @@ from get_vocab_mapper.token_forms import TokenForms, token_forms
 from get_vocab_mapper.vocab_mapper import (
     SimilarTokens,
     VocabMapper,
+    _digest,
     build_em,
     build_mined,
     build_prefixem,
@@ -359,19 +365,87 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
 def test_other_tokenizers_are_refused(saved):
     other = make([*TEACHER.texts[:-1], "yyy"], special=[2], name="another/teacher")
     with pytest.raises(
-        ValueError, match=r"'the/teacher' \(5 tokens\).*'another/teacher' \(5 tokens\).*Build a"
-    ):
+        ValueError, match=r"'the/teacher' \(5 tokens\).*'the/student' \(4 tokens\).*'another/teacher' \(5 tokens\)"
+    ) as caught:
         VocabMapper.load(saved, other, STUDENT)
-    with pytest.raises(ValueError, match=r"student tokenizer 'the/student' \(4 tokens\).*'the/teacher'"):
+    assert str(caught.value).endswith(
+        "Give the mapper of this pair, or build it: python get_vocab_mapper/get_MinED_mapper.py --teacher "
+        "another/teacher --student the/student --output NEW.safetensors --simi_threshold 0.35"
+    )
+    with pytest.raises(ValueError, match=r"tokenizer 'the/student' \(4 tokens\).*the student is 'the/teacher'"):
         VocabMapper.load(saved, TEACHER, TEACHER)
+    with pytest.raises(ValueError, match=r"the teacher is 'another/t.*, the student is 'another/t.* tokens differ"):
+        VocabMapper.load(saved, other, other)
     renamed = TokenForms("elsewhere", TEACHER.forms, TEACHER.is_special, {})
     VocabMapper.load(saved, renamed, STUDENT)  # the same tokens under another name are the same tokenizer
 
 
-def test_a_missing_file_is_named(tmp_path):
-    for name in ("none.safetensors", "none.json"):
-        with pytest.raises(FileNotFoundError, match=name):
+def test_exchanged_sides_are_named_so(saved):
+    with pytest.raises(ValueError) as caught:
+        load_mapper(saved, STUDENT, TEACHER)
+    assert str(caught.value) == (
+        f"{saved} was built for student→teacher: for the teacher tokenizer 'the/teacher' (5 tokens) and the student "
+        "tokenizer 'the/student' (4 tokens), which have changed places here. Exchange the two models, or build a "
+        "mapper for this direction: python get_vocab_mapper/get_MinED_mapper.py --teacher the/student --student "
+        "the/teacher --output NEW.safetensors --simi_threshold 0.35"
+    )
+
+
+def command_for(output: Path, script: str = "get_em_mapper.py") -> str:
+    sides = "--teacher the/teacher --student the/student"
+    return f"python get_vocab_mapper/{script} {sides} --output {shlex.quote(str(output))}"
+
+
+def test_a_missing_file_is_named_with_the_command_that_builds_it(tmp_path):
+    for name in ("no file.safetensors", "no file.json"):
+        with pytest.raises(FileNotFoundError) as caught:
             load_mapper(tmp_path / name, TEACHER, STUDENT)
+        built = command_for(tmp_path / "no file.safetensors")
+        assert str(caught.value) == f"There is no vocabulary mapper at {tmp_path / name}. Build it: {built}"
+    with pytest.raises(FileNotFoundError, match=r"get_MinED_mapper\.py"):
+        load_mapper(tmp_path / "none", TEACHER, STUDENT, kind="mined")
+
+
+def test_a_folder_is_refused(tmp_path):
+    for name in ("folder.safetensors", "folder.json"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name} is a folder. Give the mapper file itself, or build one: python"):
+            load_mapper(tmp_path / name, TEACHER, STUDENT)
+
+
+def weights(path: Path) -> None:
+    """A model's weights in bfloat16, which numpy does not know."""
+    header = json.dumps({"model.embed": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("model.safetensors", weights, "safetensors file, but no vocabulary mapper (its first tensor is 'model.embed"),
+        ("other.safetensors", lambda p: safetensors.numpy.save_file({}, p), "no vocabulary mapper (it holds nothing"),
+        ("notes.txt", lambda p: p.write_text("How to build a mapper: …\n" * 9), "is damaged or no vocabulary mapper ("),
+        ("pickle.bin", lambda p: p.write_bytes(pickle.dumps(Sentinel())), "is damaged or no vocabulary mapper ("),
+        ("empty.safetensors", lambda p: p.touch(), "is damaged or no vocabulary mapper ("),
+        ("published.txt", lambda p: p.write_text('{"0": 1}'), "must have a name that ends in .json. Build it again: "),
+    ],
+)
+def test_what_is_no_mapper_is_refused(tmp_path, name, write, message):
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(ValueError) as caught:
+        load_mapper(path, TEACHER, STUDENT)
+    assert str(caught.value).startswith(f"{path} is ") and message in str(caught.value)
+    assert "python get_vocab_mapper/get_em_mapper.py --teacher the/teacher --student the/student" in str(caught.value)
+    # Whoever follows the message must not write over a file of another sort.
+    assert not str(caught.value).endswith((f"--output {tmp_path}/model.safetensors", ".txt", ".bin"))
+
+
+class Sentinel:
+    """Unpickling one would end the test run."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -382,22 +456,58 @@ def test_a_truncated_file_is_refused(saved, share):
         VocabMapper.load(saved)
 
 
-def rewrite(path: Path, arrays=None, **metadata: str) -> None:
+def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(saved):
+    """In the header and in the data; the only bytes that may change unseen are those that mean nothing."""
+    mapper, content = VocabMapper.load(saved), saved.read_bytes()
+    unseen = []
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= (0x01, 0x10, 0x80)[place % 3]
+        saved.write_bytes(damaged)
+        try:
+            loaded = VocabMapper.load(saved)
+        except ValueError as error:
+            assert str(error).startswith(f"{saved} ") and "python get_vocab_mapper/" in str(error)
+        else:
+            assert_equal(mapper, loaded)
+            unseen.append(content[place : place + 1])
+    assert set(unseen) <= {b" "}  # the header's padding
+
+
+def test_a_changed_array_is_noticed_where_every_value_could_be(saved):
+    """A mapping to another token that exists: nothing but the checksum can tell."""
+    changed = VocabMapper.load(saved).teacher_to_student.copy()
+    changed[0] = 3
+    rewrite(saved, {"teacher_to_student": changed}, seal=False)
+    with pytest.raises(ValueError, match=r"is damaged \(its content is not what its checksum was taken of\). Build it"):
+        VocabMapper.load(saved)
+
+
+def rewrite(path: Path, arrays=None, seal: bool = True, **metadata: str) -> None:
+    """The same file with other arrays and metadata, and with the checksum of these, unless it is not to be sealed."""
     with safetensors.safe_open(path, framework="numpy") as file:
-        old_metadata = file.metadata()
+        new_metadata = file.metadata() | metadata
     new_arrays = safetensors.numpy.load_file(path) | (arrays or {})
-    safetensors.numpy.save_file(new_arrays, path, old_metadata | metadata)
+    if seal:
+        del new_metadata["sha256"]
+        new_metadata["sha256"] = _digest(new_metadata, new_arrays)
+    safetensors.numpy.save_file(new_arrays, path, new_metadata)
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"format": "weights"}, "no vocabulary mapper"),
-        ({"format_version": "2"}, "version '2'.*Update the code"),
+        ({"format_version": "3"}, "version '3', and this code reads 2. Update the code, or build it again: python"),
+        ({"format_version": "1"}, "version '1', and this code reads 2. Build it again: python"),
+        ({"format_version": "new"}, "version 'new', and this code reads 2. Build it again: python"),
         ({"kind": "magic"}, "unknown kind 'magic'"),
         ({"threshold": "high"}, "damaged"),
         ({"threshold": "7"}, "between 0 and 1"),
+        ({"threshold": "nan"}, "between 0 and 1"),
         ({"teacher": "{}"}, "damaged"),
+        ({"teacher": '{"name": "t", "size": "5", "fingerprint": ""}'}, "damaged"),
+        ({"teacher": '{"name": "t", "size": 6, "fingerprint": ""}'}, "damaged"),
     ],
 )
 def test_wrong_metadata_are_refused(saved, metadata, message):
@@ -416,9 +526,19 @@ def test_wrong_metadata_are_refused(saved, metadata, message):
         {"student_to_teacher": np.full(4, -2, dtype=np.int32)},
         {"similar_to_student.indptr": np.array([0, 1, 0, 2, 2, 2], dtype=np.int32)},
         {"similar_to_student.indptr": np.zeros(6, dtype=np.int32)},
+        {"similar_to_student.indptr": np.array([0, 2**30, 1, 2, 2, 2], dtype=np.int32)},
+        {"similar_to_student.indptr": np.array([0, -1, 1, 2, 2, 2], dtype=np.int32)},
+        {"similar_to_student.indptr": np.array([0, 1, 1, 2, 2], dtype=np.int32)},
+        {"similar_to_student.indptr": np.array(0, dtype=np.int32)},
+        {"similar_to_student.indices": np.full(2, -1, dtype=np.int32)},
+        {"similar_to_student.indices": np.full((1, 2), 1, dtype=np.int32)},
         {"similar_to_student.indices": np.full(2, 4, dtype=np.int32)},
         {"similar_to_teacher.distances": np.zeros(1, dtype=np.float32)},
         {"similar_to_teacher.distances": np.zeros(2, dtype=np.float64)},
+        {"similar_to_teacher.distances": np.array([np.nan, 0.1], dtype=np.float32)},
+        {"similar_to_teacher.distances": np.array([0.1, np.inf], dtype=np.float32)},
+        {"similar_to_teacher.distances": np.array([-0.1, 0.1], dtype=np.float32)},
+        {"similar_to_teacher.distances": np.array([0.1, 0.4], dtype=np.float32)},
     ],
 )
 def test_arrays_that_cannot_be_are_refused(saved, arrays):
@@ -428,6 +548,18 @@ def test_arrays_that_cannot_be_are_refused(saved, arrays):
         VocabMapper.load(saved)
 
 
+def test_rows_out_of_order_are_refused(tmp_path):
+    path = tmp_path / "mapper.safetensors"
+    build("em", make(["abcde"]), make(["abcdx", "abcdy", "abcdef"])).save(path)
+    table = VocabMapper.load(path).similar_to_student
+    assert table.indices.tolist() == [2, 0, 1] and table.distances.tolist() == pytest.approx([1 / 11, 0.1, 0.1])
+    for name, order in (("indices", [0, 2, 1]), ("distances", [1, 0, 2])):
+        build("em", make(["abcde"]), make(["abcdx", "abcdy", "abcdef"])).save(path)
+        rewrite(path, {f"similar_to_student.{name}": getattr(table, name)[order]})
+        with pytest.raises(ValueError, match="a row of similar_to_student is not in order"):
+            VocabMapper.load(path)
+
+
 def test_a_smaller_threshold_filters_and_a_larger_one_is_refused(saved):
     full = VocabMapper.load(saved)
     for threshold in (0.0, 0.05, 1 / 11, 0.2, 0.35):
@@ -435,8 +567,16 @@ def test_a_smaller_threshold_filters_and_a_larger_one_is_refused(saved):
         assert_equal(
             load_mapper(saved, TEACHER, STUDENT, threshold), build("mined", TEACHER, STUDENT, threshold)
         )
-    with pytest.raises(ValueError, match=r"below 0\.35 only.*--simi_threshold 0\.5"):
+    with pytest.raises(ValueError) as caught:
         load_mapper(saved, TEACHER, STUDENT, 0.5)
+    assert str(caught.value) == (
+        f"{saved} holds similar tokens below 0.35 only, and --simi_threshold 0.5 is asked for. Give 0.35 or less, or "
+        f"build it again: {command_for(saved, 'get_MinED_mapper.py')} --simi_threshold 0.5"
+    )
+    with pytest.raises(ValueError, match=r"below 0\.35 only.*--simi_threshold 0\.5"):
+        full.with_threshold(0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        load_mapper(saved, TEACHER, STUDENT, float("nan"))
     with pytest.raises(ValueError, match="between 0 and 1"):
         build("em", TEACHER, STUDENT, 1.5)
 
@@ -461,7 +601,7 @@ def test_a_published_file_may_leave_ids_out_and_map_many_to_one(tmp_path):
     path = tmp_path / "published.json"
     path.write_text('{"0": 1, "1": 1, "3": 3, "4": 3}')
     teacher = make(["bxx", "bx", "c", "worldly", "world"])
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=r"It leaves out 1 of the 5 teacher ids, the first of them 2; they are"):
         mapper = load_mapper(path, teacher, make(["a", "b", "c", "world"]))
     assert mapper.teacher_to_student.tolist() == [1, 1, -1, 3, 3]
     assert mapper.student_to_teacher.tolist() == [-1, 1, -1, 4]
@@ -478,14 +618,34 @@ def test_a_published_file_may_leave_ids_out_and_map_many_to_one(tmp_path):
         ('{"5": 1}', "'5': 1 is outside"),
         ('{"0": 4}', "'0': 4 is outside"),
         ('{"0": -1}', "'0': -1 is outside"),
+        ('{"-1": 1}', "'-1': 1 is no pair of ids"),
+        ('{"1.0": 1}', "'1.0': 1 is no pair of ids"),
+        ('{"01": 1}', "'01': 1 is no pair of ids"),
+        ('{"٣": 1}', "'٣': 1 is no pair of ids"),
+        ('{"": 1}', "'': 1 is no pair of ids"),
+        ('{"0": 1.0}', "'0': 1.0 is no pair of ids"),
+        ('{"0": NaN}', "'0': nan is no pair of ids"),
+        ('{"0": null}', "'0': None is no pair of ids"),
+        ('{"0": [1]}', r"'0': \[1\] is no pair of ids"),
+        ('{"0": {"1": 2}}', "'0': {'1': 2} is no pair of ids"),
+        (f'{{"{"9" * 5000}": 1}}', ": 1 is outside"),
+        (f'{{"0": {"9" * 5000}}}', "no valid JSON"),
+        ('{"0": 1, "1": 2, "0": 3}', "no valid JSON .the key '0' stands there 2 times"),
+        ("[" * 100_000, "no valid JSON"),
+        ("", "no valid JSON"),
+        ("7", "holds a JSON int"),
+        ("{}", "maps no token of 'the/teacher' .5 tokens. and 'the/student' .4 tokens.: all of its 0 entries are 0"),
+        ('{"0": 0, "1": 0}', "all of its 2 entries are 0"),
+        (b"\xff\xfe\xfa", "no valid JSON"),
     ],
 )
 def test_a_wrong_published_file_is_refused(tmp_path, content, message):
     path = tmp_path / "published.json"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as caught:
         load_mapper(path, TEACHER, STUDENT)
     assert str(path) in str(caught.value)
+    assert str(caught.value).endswith(f"Build a mapper: {command_for(tmp_path / 'published.safetensors')}")
 
 
 def test_the_report_shows_counts_and_examples():
@@ -576,6 +736,85 @@ def test_a_bad_folder_is_named_with_its_flag(flag, folder, reason, small_pair, t
     assert str(tmp_path / folder) in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.fixture
+def build_here(small_pair, monkeypatch, capsys):
+    """Runs get_em_mapper.py in this process; gives `(exit status, stdout, stderr)`."""
+
+    def build_here(*arguments: str):
+        sides = ("--teacher", str(small_pair[0]), "--student", str(small_pair[1]))
+        monkeypatch.setattr(sys, "argv", ["get_em_mapper.py", *sides, *arguments])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPTS / "get_em_mapper.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return build_here
+
+
+def test_an_older_file_is_replaced_and_that_is_said(build_here, tmp_path):
+    output, exported = tmp_path / "new" / "m.safetensors", tmp_path / "m.json"
+    arguments = ("--output", str(output), "--export_json", str(exported))
+    _, said, _ = build_here(*arguments)
+    assert f"written: {output}\n" in said and f"written: {exported}\n" in said
+    output.write_text("something else")
+    status, said, _ = build_here(*arguments)
+    assert status == 0 and f"written, in the place of an older file: {output}\n" in said
+    assert VocabMapper.load(output).kind == "em" and os.listdir(output.parent) == [output.name]
+
+
+@pytest.mark.parametrize("flag", ["--output", "--export_json"])
+def test_where_no_file_can_be_written_nothing_is_built(build_here, tmp_path, monkeypatch, flag):
+    def build(*_, **__):
+        raise AssertionError("built")
+
+    monkeypatch.setattr("get_vocab_mapper.vocab_mapper.build_em", build)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path, message in (
+        (tmp_path / "file" / "m", "no file can be written there: "),
+        (tmp_path / "file" / "deeper" / "m", "no file can be written there: Not a directory. Give another folder."),
+        (tmp_path / "folder", "this is a folder. Give the name of a file."),
+        (Path("/proc/m"), "no file can be written there: "),
+    ):
+        other = () if flag == "--output" else ("--output", str(tmp_path / "m"))
+        status, said, message_given = build_here(flag, str(path), *other)
+        assert (status, said) == (2, "")
+        assert message_given.startswith(f"get_em_mapper.py: error: {flag} {path}: {message}")
+        assert message_given.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_full_disk_leaves_the_old_mapper_and_one_message(build_here, saved, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(os, "fsync", fail)
+    status, _, message = build_here("--output", str(saved))
+    assert status == 2
+    assert message.endswith(
+        f"get_em_mapper.py: error: --output {saved}: it cannot be written: No space left on device.\n"
+    )
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--simi_threshold", "nan"), "must be a number between 0 and 1, and is nan"),
+        (("--simi_threshold", "high"), "must be a number between 0 and 1, and is high"),
+        (("--simi_threshold", "-0.1"), "must be a number between 0 and 1, and is -0.1"),
+        (("--simi", "0.2"), "unrecognized arguments: --simi 0.2"),  # no abbreviations: a new flag could change theirs
+    ],
+)
+def test_bad_numbers_and_abbreviations_are_refused(build_here, tmp_path, arguments, message):
+    status, _, said = build_here("--output", str(tmp_path / "m"), *arguments)
+    assert status == 2 and message in said
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,369 @@
+"""The training scripts given what they cannot use: one message, status 2, before a model's weights are read.
+
+Each script's own `main` runs in this process, on small models with small tokenizers.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
+from get_vocab_mapper.token_forms import token_forms
+from get_vocab_mapper.vocab_mapper import build_em, build_mined
+from modeling import (
+    run_clm_distill_CDM,
+    run_clm_llms_fkd,
+    run_clm_llms_rkd,
+    run_clm_MinED,
+    run_clm_sft,
+    run_clm_uld,
+)
+from modeling.experiment import longest_input
+from tests.end_to_end.rig import flags, launcher, run_script, steps, tiny_llama
+from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
+
+MAIN = {
+    "SFT": run_clm_sft.main,
+    "FKD": run_clm_llms_fkd.main,
+    "RKD": run_clm_llms_rkd.main,
+    "ULD": run_clm_uld.main,
+    "MinED": run_clm_MinED.main,
+    "CDM": run_clm_distill_CDM.main,
+}
+CONTEXT = 1024  # of the small models
+POISON = "Zürich"  # stands in one row alone, POISON_ROW
+POISON_ROW = 4
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small pair")
+    teacher, student = sentencepiece_bpe(), byte_level_bpe()
+    paths = SimpleNamespace(
+        teacher=tiny_llama(folder / "teacher", teacher, len(teacher) + 3, hidden=16, layers=1, seed=1),
+        student=tiny_llama(folder / "student", student, len(student) + 5, hidden=16, layers=1, seed=2),
+        same=tiny_llama(folder / "same", student, len(student), hidden=16, layers=1, seed=3),
+        em=folder / "em.safetensors",
+        mined=folder / "mined.safetensors",
+        train=folder / "train.json",
+    )
+    forms = [token_forms(tokenizer) for tokenizer in (teacher, student)]
+    for side, name in zip(forms, ("teacher", "student")):
+        object.__setattr__(side, "name", str(folder / name))
+    build_em(*forms, progress=False).save(paths.em)
+    build_mined(*forms, progress=False).save(paths.mined)
+    texts = [text for text in SAMPLE_TEXTS if POISON not in text]
+    rows = [{"prefix": f"Say {i}: ", "text": text} for i, text in enumerate(texts[:5], 1)]
+    rows[POISON_ROW - 1]["prefix"] = f"Say it in {POISON}: "
+    paths.train.write_text(json.dumps(rows), encoding="utf-8")
+    return paths
+
+
+@pytest.fixture
+def call(rig, monkeypatch, capsys, tmp_path):
+    """`call(method, flag=value, …)` runs the script's main; gives `(exit status, stderr)`. None leaves a flag out."""
+
+    def call(method, *words, **changes):
+        arguments = {
+            "model_name_or_path": rig.student,
+            "train_file": rig.train,
+            "output_dir": tmp_path / "out",
+            "do_train": True,
+            "use_cpu": True,
+            "block_size": 128,
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        if method != "SFT":
+            arguments["teacher_path"] = rig.same if method in ("FKD", "RKD") else rig.teacher
+        if method in ("CDM", "MinED"):
+            arguments["teacher_to_student_id_mapping"] = rig.em if method == "CDM" else rig.mined
+        given = {name: value for name, value in {**arguments, **changes}.items() if value is not None}
+        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**given), *words])
+        capsys.readouterr()
+        status = 0
+        try:
+            MAIN[method]()
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def refused(call, monkeypatch):
+    """`refused(method, …)` gives the message of a script that ended on it before any weights were read."""
+
+    def no_weights(*_, **__):
+        raise AssertionError("weights were read")
+
+    def refused(method, *words, **changes):
+        with monkeypatch.context() as patched:
+            patched.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
+            status, said = call(method, *words, **changes)
+        start = f"{method}.py: error: "
+        lines = [line for line in said.splitlines() if line.startswith(start)]
+        assert status == 2 and len(lines) == 1 and "Traceback" not in said
+        return lines[0].removeprefix(start)
+
+    return refused
+
+
+# ----------------------------------------------------------------------------------------------------------- mappers
+
+
+@pytest.mark.parametrize("method", ["CDM", "MinED"])
+class TestMappers:
+    FLAG = "--teacher_to_student_id_mapping: "
+
+    def refuse(self, refused, method, path, **changes):
+        message = refused(method, teacher_to_student_id_mapping=path, **changes)
+        assert message.startswith(f"{self.FLAG}{path} ") or str(path) in message
+        return message
+
+    def command(self, rig, method, output):
+        script = "get_MinED_mapper.py" if method == "MinED" else "get_em_mapper.py"
+        words = (f"--teacher '{rig.teacher}'", f"--student '{rig.student}'", f"--output {output}")
+        return f"python get_vocab_mapper/{script} {' '.join(words)}"
+
+    def test_missing(self, rig, refused, method, tmp_path):
+        path = tmp_path / "none.safetensors"
+        message = self.refuse(refused, method, path)
+        command = self.command(rig, method, path)
+        assert message == f"{self.FLAG}There is no vocabulary mapper at {path}. Build it: {command}"
+
+    def test_for_another_pair_and_for_exchanged_sides(self, rig, refused, method):
+        path = rig.em if method == "CDM" else rig.mined
+        message = self.refuse(refused, method, path, teacher_path=rig.same)
+        for part in (f"'{rig.teacher}' (", f"'{rig.student}' (", f"the teacher is '{rig.same}' ("):
+            assert part in message
+        message = self.refuse(refused, method, path, teacher_path=rig.student, model_name_or_path=rig.teacher)
+        assert "was built for student→teacher" in message and "have changed places here" in message
+
+    def test_truncated_and_corrupted(self, rig, refused, method, tmp_path):
+        path = tmp_path / "damaged.safetensors"
+        content = (rig.em if method == "CDM" else rig.mined).read_bytes()
+        flipped = bytearray(content)
+        flipped[-5] ^= 1  # in the data, where every value is a possible one
+        for damaged in (content[:-1], content[:100], flipped):
+            path.write_bytes(damaged)
+            message = self.refuse(refused, method, path)
+            assert "is damaged" in message and message.endswith(f"Build it again: {self.command(rig, method, path)}")
+
+    def test_a_model_and_a_newer_format(self, rig, refused, method, tmp_path):
+        message = self.refuse(refused, method, rig.student / "model.safetensors")
+        assert "is a safetensors file, but no vocabulary mapper (its first tensor is '" in message
+        path = tmp_path / "newer.safetensors"
+        save_file({"a": torch.zeros(1)}, path, {"format": "cdm-vocab-mapper", "format_version": "99"})
+        message = self.refuse(refused, method, path)
+        assert "has mapper format version '99', and this code reads 2. Update the code, or build it again" in message
+
+    def test_published_files(self, refused, method, tmp_path):
+        path = tmp_path / "published.json"
+        for content, part in (
+            ('{"0": 1, "0": 2}', "the key '0' stands there 2 times"),
+            ('{"0": 100000}', "'0': 100000 is outside the vocabularies of"),
+            ('{"0": -7}', "'0': -7 is outside the vocabularies of"),
+            ('{"0": 1.5}', "'0': 1.5 is no pair of ids"),
+            ("[1]", "holds a JSON list"),
+            ('{"0": 0}', "maps no token of"),
+        ):
+            path.write_text(content)
+            assert part in self.refuse(refused, method, path)
+
+    def test_a_published_file_with_missing_ids_is_taken(self, call, method, tmp_path):
+        path = tmp_path / "published.json"
+        path.write_text('{"300": 30, "301": 31}')
+        with pytest.warns(UserWarning, match=r"It leaves out \d+ of the \d+ teacher ids, the first of them 0;"):
+            status, _ = call(method, teacher_to_student_id_mapping=path, max_steps=1)
+        assert status == 0
+
+
+def test_a_threshold_above_the_mappers(rig, refused):
+    message = refused("CDM", simi_threshold=0.5)
+    assert f"{rig.em} holds similar tokens below 0.3 only, and --simi_threshold 0.5 is asked for. Give 0.3" in message
+    assert message.endswith("--simi_threshold 0.5")
+
+
+def test_mined_wants_its_own_kind(rig, refused):
+    message = refused("MinED", teacher_to_student_id_mapping=rig.em)
+    assert f"{rig.em} is a mapper of the kind 'em', and MinED needs one of the kind 'mined'. Build it: pyth" in message
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("method", MAIN)
+def test_every_script_ends_with_one_message(refused, method):
+    """What `tests/unit/test_arguments.py` holds `parse_arguments` to, through each script."""
+    temperature = [({"kd_temperature": "nan"}, "--kd_temperature is nan: give a finite number above 0.")]
+    for changes, message in (
+        ({"learning_rate": "nan"}, "--learning_rate is nan: give a finite number, 0 or more."),
+        ({"blok_size": 9}, "unknown argument --blok_size. Did you mean --block_size?"),
+        ({"model_name_or_path": None}, "the following arguments are required: --model_name_or_path"),
+        ({"train_file": None}, "--do_train true needs --train_file FILE."),
+        ({"do_eval": True}, "--do_eval true needs --validation_file FILE."),
+        ({"fp16": True}, "--fp16 is True: on a CPU it would be ignored, and training run in float32."),
+        *(temperature if method != "SFT" else []),
+    ):
+        assert refused(method, **changes).startswith(message)
+
+
+@pytest.mark.parametrize("method", MAIN)
+def test_examples_longer_than_a_model_reads(rig, refused, method):
+    message = refused(method, block_size=CONTEXT + 1)
+    assert message == (
+        f"--block_size is {CONTEXT + 1}: --model_name_or_path {rig.student} reads {CONTEXT} tokens at most "
+        f"(max_position_embeddings in its config.json). Give --block_size {CONTEXT} or less."
+    )
+
+
+@pytest.mark.parametrize("method", ["FKD", "ULD", "CDM"])
+def test_examples_longer_than_the_teacher_reads(rig, refused, method, tmp_path):
+    short = tmp_path / "short"
+    short.mkdir()
+    source = rig.same if method == "FKD" else rig.teacher
+    for file in source.iterdir():
+        (short / file.name).write_bytes(file.read_bytes())
+    config = AutoConfig.from_pretrained(source)
+    config.max_position_embeddings = 64
+    config.save_pretrained(short)
+    assert f"--block_size is 65: --teacher_path {short} reads 64 tokens at most" in refused(
+        method, teacher_path=short, block_size=65
+    )
+    if method == "CDM":
+        message = refused("CDM", same_tokenizer_teacher_path=short, block_size=65)
+        assert message.startswith(f"--block_size is 65: --same_tokenizer_teacher_path {short} reads 64")
+
+
+def test_how_many_tokens_models_were_made_for():
+    llama_3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0}
+    llama_3 |= {"high_freq_factor": 4.0, "rope_theta": 500_000.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768, "rope_theta": 1e6}
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    for config, longest in (
+        (GPT2Config(), 1024),
+        (OPTConfig(), 2048),
+        (LlamaConfig(max_position_embeddings=4096), 4096),
+        (LlamaConfig(max_position_embeddings=131_072, rope_parameters=llama_3), 131_072),
+        (Qwen2Config(max_position_embeddings=32_768, rope_parameters=yarn), 131_072),
+        (LlamaConfig(max_position_embeddings=4096, rope_parameters=linear), 8192),
+        (BloomConfig(), None),
+    ):
+        assert longest_input(config) == longest
+
+
+def test_more_frozen_layers_than_there_are(call):
+    status, said = call("SFT", freeze_layers=2)
+    assert status == 2 and "--freeze_layers is 2: " in said and " has 1 layers." in said
+
+
+def test_topk_above_the_vocabulary_is_all_of_it(rig, call, tmp_path):
+    smaller = len(byte_level_bpe())
+    losses = {}
+    for topk in (smaller, 10**6):
+        status, said = call("CDM", topk=topk, output_dir=tmp_path / str(topk), max_steps=1)
+        assert status == 0
+        losses[topk] = steps(tmp_path / str(topk))[0]["kd_loss"]
+        warning = f"--topk is {topk}, and the smaller vocabulary has {smaller} tokens: all are taken."
+        assert said.count(warning) == (topk > smaller)
+    assert losses[smaller] == losses[10**6] > 0
+
+
+@pytest.mark.parametrize(("alpha", "part"), [(1, "ce_loss"), (0, "kd_loss")])
+def test_one_loss_alone(call, tmp_path, alpha, part):
+    """kd_alpha 1 is SFT, and that is said once; kd_alpha 0 is a wish like any other."""
+    status, said = call("CDM", kd_alpha=alpha)
+    assert status == 0
+    assert said.count("this is plain SFT. modeling/run_clm_sft.py does the same") == alpha
+    for entry in steps(tmp_path / "out"):
+        assert entry["loss"] == pytest.approx(entry[part], rel=1e-6) and entry["kd_loss"] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def poisoned(source, folder):
+    """The model, with a NaN in the embedding of a token that stands in the row POISON_ROW alone."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = sentencepiece_bpe() if source.name == "teacher" else byte_level_bpe()
+    others = " ".join(f"Say 12345 it in: {text}" for text in SAMPLE_TEXTS if POISON not in text)
+    only_there = set(tokenizer(POISON)["input_ids"]) - set(tokenizer(others)["input_ids"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][max(only_there)] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", MAIN)
+def test_a_nan_stops_with_the_row_and_nothing_is_saved_after_it(rig, call, tmp_path, method):
+    """Rows 1 and 2 make step 1; rows 3 and 4 step 2, in which the teacher (of SFT, the model) has a NaN."""
+    source = rig.student if method == "SFT" else rig.same if method in ("FKD", "RKD") else rig.teacher
+    flag = "model_name_or_path" if method == "SFT" else "teacher_path"
+    changes = {flag: poisoned(source, tmp_path / source.name), "save_strategy": "steps", "save_steps": 1}
+    status, said = call(method, **changes, save_only_model=True)
+    what = "the student's cross-entropy is NaN or infinite" if method == "SFT" else "the teacher's logits hold a NaN"
+    message = f"{method}.py: error: In step 2, rank 0, row {POISON_ROW} of --train_file: {what}"
+    assert status == 2 and message in said and "Traceback" not in said
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["checkpoint-1"]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_nan_in_evaluation(rig, call, tmp_path):
+    changes = {"do_train": None, "train_file": None, "do_eval": True, "validation_file": rig.train}
+    status, said = call("ULD", **changes, teacher_path=poisoned(rig.teacher, tmp_path / "teacher"))
+    assert status == 2
+    assert f"In evaluation after step 0, rank 0, row {POISON_ROW} of --validation_file: the teacher's logits" in said
+
+
+DEFERRED = """
+from modeling.finite_check import FiniteCheck
+from modeling.run_clm_sft import main
+
+start = FiniteCheck.__init__
+
+
+def deferred(self, accelerator):
+    start(self, accelerator)
+    self.deferred = True
+
+
+FiniteCheck.__init__ = deferred
+main()
+"""
+
+
+def test_two_ranks_that_look_when_they_save(rig, tmp_path):
+    """As on accelerators. The NaN is in rank 1's half of step 2, and step 3 saves: no rank does."""
+    script = tmp_path / "deferred.py"
+    script.write_text(DEFERRED)
+    arguments = flags(
+        model_name_or_path=poisoned(rig.student, tmp_path / "student"),
+        train_file=rig.train,
+        output_dir=tmp_path / "out",
+        do_train=True,
+        use_cpu=True,
+        block_size=128,
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        save_steps=3,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    done = run_script(str(script), *arguments, launch=launcher(2), fails=True)
+    message = f"deferred.py: error: In step 2, rank 1, row {POISON_ROW} of --train_file: the student's cross-entropy"
+    assert done.stderr.count(message) == 1
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
