@@ -17,14 +17,23 @@ Both logit tensors hold the rows that *predict* the response tokens (the causal 
 from __future__ import annotations
 
 import math
+import shutil
+from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from modeling.checkpoints import ignore_sigterm, saving
+from modeling.chunked_logits import ChunkedLogits
+from modeling.divergences import Logits
 from modeling.examples import IGNORED
+from modeling.finite_check import GRADIENT, LOSS, STUDENT, TEACHER, FiniteCheck, largest
+from modeling.output_head import OutputHead, last_hidden_states, logits_at
+from modeling.teachers import Teacher, as_teacher, response_rows
 
 
 class RunningMeans:
@@ -67,18 +76,24 @@ class ResponseTrainer(Trainer):
     def __init__(self, *args, n_student_tokens: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.n_student_tokens = n_student_tokens
+        self.student_head: OutputHead | None = None  # found when the model is where it will be trained
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
+        self.finite = FiniteCheck(self.accelerator)
+        self.recorded: list[Tensor] = []  # numerators of this micro-batch, not yet looked at
         if bool(self.args.deepspeed) != self.is_deepspeed_enabled:
             raise RuntimeError("--deepspeed was given, but accelerate did not start it. Check ACCELERATE_* variables.")
 
     # ------------------------------------------------------------------------------------------- logits and labels
 
-    def student_logits(self, model, inputs: dict) -> Tensor:
+    def student_logits(self, model, inputs: dict) -> Logits:
         """[R_S, V_S] predicting logits of the response tokens, with gradient, in the model's dtype."""
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).logits
-        return response_rows(logits, inputs["positions"], self.n_student_tokens)
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        if self.args.logits_chunk:
+            if self.student_head is None:
+                self.student_head = OutputHead.of(model)
+            hidden = response_rows(last_hidden_states(model, **batch), inputs["positions"])
+            return ChunkedLogits(hidden, self.student_head, self.n_student_tokens, self.args.logits_chunk)
+        return logits_at(model, inputs["positions"], self.n_student_tokens, **batch)
 
     @staticmethod
     def response_labels(inputs: dict, side: str = "") -> Tensor:
@@ -94,6 +109,7 @@ class ResponseTrainer(Trainer):
             ce: float32 [R_S], one a response token.
             num_items_in_batch: response tokens of the whole step; None in evaluation.
         """
+        self.require_finite(STUDENT, inputs, ce)
         return self.per_token(inputs, num_items_in_batch, loss=ce.sum(), ce_loss=ce.sum())
 
     def per_token(self, inputs: dict, num_items_in_batch: Tensor | int | None, **totals: Tensor) -> Tensor:
@@ -101,6 +117,12 @@ class ResponseTrainer(Trainer):
 
         Logged values and gradients do not depend on how a step's examples are split into micro-batches and ranks.
         """
+        loss = self._per_token(inputs, num_items_in_batch, totals)
+        self.require_finite(LOSS, inputs, torch.stack([loss.detach().float(), *self.recorded]).sum())
+        self.recorded = []
+        return loss
+
+    def _per_token(self, inputs: dict, num_items_in_batch: Tensor | int | None, totals: dict[str, Tensor]) -> Tensor:
         if self.model.training:
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             for name, total in totals.items():
@@ -119,6 +141,38 @@ class ResponseTrainer(Trainer):
     def record(self, name: str, numerator: Tensor | float, denominator: float) -> None:
         """Logs Σ numerator / Σ denominator over micro-batches and ranks since the last log (or in an evaluation)."""
         (self.train_means if self.model.training else self.eval_means).record(name, numerator, denominator)
+        if isinstance(numerator, Tensor):
+            self.recorded.append(numerator.detach().float())
+
+    # ------------------------------------------------------------------------------------------- NaN and infinity
+
+    def require_finite(self, what: str, inputs: dict, values: Tensor, side: str = "") -> None:
+        """Stops the run, within this step or when it next logs or saves, if a value is NaN or infinite.
+
+        Args:
+            what: one of `finite_check.MESSAGES`.
+            values: float `[R]`, one a response token of the side, whose row is named; or a scalar for all of them.
+            side: "" or "teacher_".
+        """
+        rows, bad = [response.row for response in inputs["responses"]], ~torch.isfinite(values.detach())
+        if values.dim():
+            counts = torch.zeros(len(rows), dtype=torch.int32, device=bad.device)
+            bad = counts.index_add_(0, inputs[f"{side}example"], bad.int()) > 0
+        self.finite.add(what, self.state.global_step + 1, self.model.training, rows, bad.reshape(-1))
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs) -> None:
+        """The end of a step or epoch. Nothing that is not finite is logged as if it were, evaluated or saved."""
+        if grad_norm is not None and not self.accelerator.optimizer_step_was_skipped:  # loss scaling skips an overflow
+            bad = ~torch.isfinite(torch.as_tensor(grad_norm))
+            self.finite.add(GRADIENT, self.state.global_step, True, [], bad.reshape(1))
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.finite.look_together()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        self.finite.look_together()
+        return output
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """int64 scalar: the response tokens of the step, over its micro-batches and all ranks (at least 1)."""
@@ -133,6 +187,34 @@ class ResponseTrainer(Trainer):
             logs |= self.train_means.reduce(self.accelerator)
         super().log(logs, start_time)
 
+    # ------------------------------------------------------------------------------------- checkpoints, data loading
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint of this step. What an earlier run left under its name goes first: old and new never mix."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with saving(folder):
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every rank's last file. trainer_state.json comes next, and means that all is there: so ranks wait here."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, **kwargs) -> None:
+        """Nothing where the run goes on from its last step: the Trainer itself would train one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(ignore_sigterm, loader.worker_init_fn)
+        return loader
+
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Every example exactly once over all ranks, and as many batches on each (ZeRO-3 needs them in step)."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -143,6 +225,7 @@ class ResponseTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            worker_init_fn=partial(ignore_sigterm, None),
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
@@ -157,6 +240,7 @@ class ResponseTrainer(Trainer):
         """CE, KD and the rest over the whole set; perplexity a token; bits a byte, which compares across tokenizers."""
         self.eval_means = RunningMeans()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        self.finite.look_together()
         means = self.eval_means.reduce(self.accelerator)
         if "ce_loss" in means:
             means["perplexity"] = math.exp(min(means["ce_loss"], 700.0))
@@ -168,41 +252,28 @@ class DistillationTrainer(ResponseTrainer):
     """A `ResponseTrainer` with a teacher: `L = α·CE + (1 − α)·KD`.
 
     Args beyond those of `ResponseTrainer`:
-        teacher: frozen here, in eval mode; it stays on the devices that it is on.
+        teacher: a model (frozen here, in eval mode; it stays on the devices that it is on), or its stored signals.
         n_teacher_tokens: how many columns of the teacher's logits are real.
         kd_alpha: α.
     """
 
-    def __init__(self, *args, teacher: PreTrainedModel, n_teacher_tokens: int, kd_alpha: float, **kwargs):
+    def __init__(self, *args, teacher: Teacher | PreTrainedModel, n_teacher_tokens: int, kd_alpha: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher = teacher
-        freeze(teacher)
+        self.teacher = as_teacher(teacher, n_teacher_tokens)
         self.n_teacher_tokens = n_teacher_tokens
         self.kd_alpha = kd_alpha
 
-    def teacher_logits(self, inputs: dict) -> Tensor:
+    def teacher_logits(self, inputs: dict) -> Logits:
         """[R_T, V_T] predicting logits of the teacher's response tokens, in the teacher's dtype."""
-        return self.frozen_logits(self.teacher, inputs, "teacher_", self.n_teacher_tokens)
+        logits = self.logits_of(self.teacher, inputs, self.n_teacher_tokens)
+        self.require_finite(TEACHER, inputs, largest(logits), "teacher_")
+        return logits
 
-    @staticmethod
-    @torch.no_grad()
-    def frozen_logits(model: PreTrainedModel, inputs: dict, side: str, n_tokens: int) -> Tensor:
-        """[R, n_tokens] predicting logits of one side's response tokens, on the device of the batch.
-
-        Args:
-            model: on any device, or spread over several.
-            side: whose tokens the model is fed: "teacher_", or "" for the student's.
-        """
-        device = model.get_input_embeddings().weight.device
-        if device.type == "meta":  # weights that are fetched when their layer runs, on the device of the input
-            device = inputs[f"{side}input_ids"].device
-        logits = model(
-            input_ids=inputs[f"{side}input_ids"].to(device),
-            attention_mask=inputs[f"{side}attention_mask"].to(device),
-            use_cache=False,
-        ).logits
-        positions = inputs[f"{side}positions"]
-        return response_rows(logits, positions.to(logits.device), n_tokens).to(positions.device)
+    def logits_of(self, teacher: Teacher, inputs: dict, n_tokens: int) -> Logits:
+        """[R, n_tokens]: what a teacher, this or another, says of the response tokens that it is fed."""
+        if self.args.logits_chunk:
+            return ChunkedLogits(*teacher.signal(inputs), n_tokens, self.args.logits_chunk)
+        return teacher.logits(inputs)
 
     def step_loss(
         self, inputs: dict, ce: Tensor, kd: Tensor, num_items_in_batch: Tensor | int | None, **parts: Tensor
@@ -215,21 +286,11 @@ class DistillationTrainer(ResponseTrainer):
             num_items_in_batch: response tokens of the whole step; None in evaluation.
             parts: float32 [units] each: what else is logged, a sum per response token like KD.
         """
+        self.require_finite(STUDENT, inputs, ce)
         ce, kd = ce.sum(), kd.sum()
         loss = self.kd_alpha * ce + (1 - self.kd_alpha) * kd
         parts = {name: part.sum() for name, part in parts.items()}
         return self.per_token(inputs, num_items_in_batch, loss=loss, ce_loss=ce, kd_loss=kd, **parts)
-
-
-def freeze(model: nn.Module) -> None:
-    """No gradients, no dropout. (Two statements: the methods of a DeepSpeed engine return nothing.)"""
-    model.requires_grad_(False)
-    model.eval()
-
-
-def response_rows(logits: Tensor, positions: Tensor, n_tokens: int) -> Tensor:
-    """[R, n_tokens]: the given rows of the flattened [B, L, V] logits, without the padded columns of the head."""
-    return logits.flatten(0, 1).index_select(0, positions)[:, :n_tokens]
 
 
 class EvenShard(Dataset):
@@ -246,4 +307,3 @@ class EvenShard(Dataset):
         if place < len(self.dataset):
             return self.dataset[place]
         return {name: [] if name.endswith("ends") else value for name, value in self.dataset[0].items()}
-

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,42 +17,54 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling.arguments import DataArguments, DistillationArguments, StudentArguments, TrainingArguments
+from modeling.checkpoints import STOPPED, StopOnSigterm, defect, last_complete_checkpoint, publish, saving, set_aside
 from modeling.distillation_trainer import ResponseTrainer
-from modeling.examples import Encoder, prepare_example, read_rows
+from modeling.errors import InputError, user_input
+from modeling.examples import Encoder, prepare_example, read_rows, require_json_file
+from modeling.pretrained import load_config, load_encoder, load_model
+from modeling.teacher_cache import Settings, SignalCache, weights_digest
+from modeling.teachers import LiveTeacher, StoredTeacher, Teacher, examples_of, fill
 
 logger = logging.getLogger(__name__)
 
-PREPARATION_VERSION = "1"  # raise it when prepare_example gives other columns for the same row
+PREPARATION_VERSION = "2"  # raise it when prepare_example gives other columns for the same row
 
 
-def start(args: TrainingArguments) -> None:
-    """Logging (one process speaks for all) and the seed. Raises ValueError where there is nothing to do."""
-    if not (args.do_train or args.do_eval):
-        raise ValueError("Nothing to do: give --do_train true, --do_eval true, or both.")
+def start(args: TrainingArguments, data_args: DataArguments) -> None:
+    """Logging (one process speaks for all) and the seed. Raises InputError where a data file cannot be any."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
-        level=logging.INFO if args.should_log else logging.WARNING,
+        level=logging.INFO if args.should_log else logging.ERROR,
         force=True,
     )
-    for chatty in ("httpx", "httpcore", "numexpr", "filelock", "fsspec", "numba"):
+    for chatty in ("httpx", "httpx2", "httpcore", "numexpr", "filelock", "fsspec", "numba"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if args.should_log:
         transformers.utils.logging.set_verbosity_warning()
     set_seed(args.seed)
+    for needed, flag, path in (
+        (args.do_train, "train_file", data_args.train_file),
+        (args.do_eval or args.eval_strategy != "no", "validation_file", data_args.validation_file),
+    ):
+        if needed and path is not None:
+            with user_input(f"--{flag}"):
+                require_json_file(path)
 
 
 # -------------------------------------------------------------------------------------------------------- the models
@@ -63,7 +74,7 @@ def start(args: TrainingArguments) -> None:
 class LanguageModel:
     """A model with what turns text into its tokens. `encoder.forms` holds its real tokens, `n_tokens` of them."""
 
-    model: PreTrainedModel  # or a PeftModel or DeepSpeed engine around one
+    model: PreTrainedModel | None  # or a PeftModel or DeepSpeed engine around one; None of a teacher to be read
     encoder: Encoder
 
     @property
@@ -75,13 +86,55 @@ class LanguageModel:
         return len(self.encoder.forms.forms)
 
 
+def look_at_models(args: StudentArguments, block_size: int, **paths: str | None) -> list[Encoder]:
+    """What can be known of models before the minutes that their weights take: their tokenizers, and their context.
+
+    Args:
+        args: for what the models' loading takes from it.
+        block_size: tokens that an example may have.
+        paths: the models, under the names of the flags that gave them; None is passed over.
+
+    Raises InputError where a tokenizer or configuration cannot be read, or an example may be longer than a model reads.
+    """
+    encoders = []
+    for flag, path in paths.items():
+        if path is None:
+            continue
+        longest = longest_input(load_config(path, flag, args))
+        encoders.append(load_encoder(path, flag, args))
+        if longest is not None and block_size > longest:
+            raise InputError(
+                f"--block_size is {block_size}: --{flag} {path} reads {longest} tokens at most "
+                f"(max_position_embeddings in its config.json). Give --block_size {longest} or less."
+            )
+    return encoders
+
+
+def longest_input(config: PretrainedConfig) -> int | None:
+    """How many tokens a model was made for; None where its positions have no end (ALiBi, recurrent models).
+
+    Beyond, learned positions fail, and rotary ones, which have seen no such angles, give poor predictions unsaid.
+    """
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if longest is not None and "factor" in rope:  # some families count it in, others do not
+        longest = max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
+    return longest
+
+
 def load_student(args: StudentArguments) -> LanguageModel:
     """The student, with what is not to be trained frozen; with --use_lora true a `PeftModel` around it."""
-    student = _load(args.model_name_or_path, "model_name_or_path", args.dtype, args)
+    path, flag = args.model_name_or_path, "model_name_or_path"
+    encoder = load_encoder(path, flag, args)
+    student = LanguageModel(load_model(path, flag, args.dtype, args, len(encoder.forms.forms)), encoder)
     if args.freeze_emb:
         student.model.get_input_embeddings().requires_grad_(False)
     if args.freeze_layers:
-        for layer in transformer_layers(student.model)[: args.freeze_layers]:
+        layers = transformer_layers(student.model)
+        if args.freeze_layers > len(layers):
+            raise InputError(f"--freeze_layers is {args.freeze_layers}: {path} has {len(layers)} layers.")
+        for layer in layers[: args.freeze_layers]:
             layer.requires_grad_(False)
     if args.use_lora:
         student.model = _with_lora(student.model, args)
@@ -101,7 +154,7 @@ def _with_lora(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
     try:
         model = get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
     logger.info("LoRA: %d of %d parameters are trained.", *model.get_nb_trainable_parameters())
     return model
 
@@ -115,26 +168,121 @@ def load_teacher(
 ) -> LanguageModel:
     """A teacher, where --teacher_device or --teacher_zero3 wants it: whole on every rank, or sharded over the ranks.
 
+    With --teacher_cache, only its tokenizer: `teacher_signals` loads the model where it has to run.
+
     Args:
         path: of the teacher; by default --teacher_path.
         flag: the argument that named it, for messages.
     """
     path = path or args.teacher_path
+    teacher = LanguageModel(None, load_encoder(path, flag, student_args))
+    if args.teacher_cache is None:
+        teacher.model = _load_teacher_model(path, flag, args, student_args, training_args, teacher.n_tokens)
+    return teacher
+
+
+def teacher_signals(
+    teacher: LanguageModel,
+    args: DistillationArguments,
+    student_args: StudentArguments,
+    training_args: TrainingArguments,
+    datasets: Sequence[Dataset | None],
+    path: str | None = None,
+    flag: str = "teacher_path",
+    side: str = "teacher_",
+) -> Teacher:
+    """The teacher as a trainer asks it: the model; or with --teacher_cache its stored signals.
+
+    What is not stored yet is computed first, by all ranks, and the model is then let go. Where nothing is missing, it
+    is not loaded.
+
+    Args:
+        teacher: of `load_teacher`, with the same path and flag.
+        datasets: whose examples the trainer will see.
+        side: whose tokens the teacher is fed: "teacher_", or "" for the student's.
+
+    Raises InputError where the teacher's logits are no known function of its last hidden states, or where a rank does
+    not see what others have stored.
+    """
+    if args.teacher_cache is None:
+        return LiveTeacher(teacher.model, teacher.n_tokens, side)
+    path = path or args.teacher_path
+    directory, name = Path(args.teacher_cache), Path(path).resolve().name if Path(path).is_dir() else path
+    dtype = _checkpoint_dtype(path, flag, student_args) if args.teacher_dtype == "auto" else args.teacher_dtype
+    with training_args.main_process_first(desc=f"reading {path}"):
+        with user_input(f"--teacher_cache {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+        weights = weights_digest(path, directory / "digests.json")
+    settings = Settings(
+        weights=weights,
+        dtype=dtype,
+        stored_dtype=dtype if args.teacher_cache_dtype == "auto" else args.teacher_cache_dtype,
+        topk=args.teacher_cache_topk,
+        attn_implementation=student_args.attn_implementation,
+        n_tokens=teacher.n_tokens,
+    )
+    cache = SignalCache(directory, name.replace("/", "--"), settings)
+    examples = examples_of(datasets, side)
+    rank, ranks = training_args.process_index, training_args.world_size
+    wait = PartialState().wait_for_everyone
+    with cache.locked(rank):
+        wait()
+        cache.verify(rank, ranks)
+        wait()
+        cache.open()
+        missing = {key: example for key, example in examples.items() if key not in cache.index}
+        wait()
+        logger.info(
+            "--teacher_cache: %s holds %d of the %d examples; %d are computed.",
+            *(cache.folder, len(examples) - len(missing), len(examples), len(missing)),
+        )
+        if missing or not cache.has_head:
+            if rank == 0:
+                cache.describe(path)
+            model = _load_teacher_model(path, flag, args, student_args, training_args, teacher.n_tokens)
+            fill(
+                *(cache, LiveTeacher(model, teacher.n_tokens, side), missing, teacher.encoder.pad_id),
+                *(training_args.eval_batch_size, training_args.device, rank, ranks),
+                progress=training_args.should_log and not training_args.disable_tqdm,
+            )
+            if args.teacher_zero3:
+                model.destroy()
+            del model
+            clear_device_cache(garbage_collection=True)
+            wait()
+            cache.open()
+    lost = sum(key not in cache.index for key in examples)
+    if lost:
+        raise InputError(
+            f"--teacher_cache {directory}: rank {rank} does not see the signals of {lost} examples that other ranks "
+            "have stored. Give a folder that all ranks see."
+        )
+    return StoredTeacher(cache, side)
+
+
+def _load_teacher_model(
+    path: str,
+    flag: str,
+    args: DistillationArguments,
+    student_args: StudentArguments,
+    training_args: TrainingArguments,
+    n_tokens: int,
+) -> PreTrainedModel:
     if args.teacher_zero3:
-        return _load_sharded(path, flag, args.teacher_dtype, student_args, training_args)
+        return _load_sharded(path, flag, args.teacher_dtype, student_args, training_args, n_tokens)
     device = args.teacher_device or training_args.device
     if device != "auto":
         try:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"--teacher_device {device}: {error}") from error
+            raise InputError(f"--teacher_device {device}: {error}") from error
     with _deepspeed_config(None, training_args):
-        return _load(path, flag, args.teacher_dtype, student_args, device_map=device)
+        return load_model(path, flag, args.teacher_dtype, student_args, n_tokens, device_map=device)
 
 
 def _load_sharded(
-    path: str, flag: str, dtype: str, args: StudentArguments, training_args: TrainingArguments
-) -> LanguageModel:
+    path: str, flag: str, dtype: str, args: StudentArguments, training_args: TrainingArguments, n_tokens: int
+):
     """A model in a ZeRO-3 engine of its own: each rank holds a part of every weight, and gathers a layer to run it.
 
     Every rank must run it equally often.
@@ -149,27 +297,24 @@ def _load_sharded(
         "fp16": {"enabled": dtype == "float16"},
     }
     with _deepspeed_config(config, training_args):
-        loaded = _load(path, flag, dtype, args)
+        model = load_model(path, flag, dtype, args, n_tokens)
     try:
-        engine, *_ = deepspeed.initialize(model=loaded.model, config=config)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
     except ValueError as error:  # a dtype that DeepSpeed does not run on this device
-        raise ValueError(f"--teacher_zero3 true with the teacher in {dtype}: {error}") from error
+        raise InputError(f"--teacher_zero3 true with the teacher in {dtype}: {error}") from error
     weights = list(engine.module.parameters())
     logger.info(
         "--%s %s is sharded: this rank holds %d of its %d weights.",
         *(flag, path, sum(w.ds_tensor.numel() + w.numel() for w in weights), sum(w.ds_numel for w in weights)),
     )
-    return LanguageModel(engine, loaded.encoder)
+    return engine
 
 
 def _checkpoint_dtype(path: str, flag: str, args: StudentArguments) -> str:
     """ZeRO-3 makes room for the weights before it sees them."""
-    try:
-        dtype = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {path}: {error}") from error
+    dtype = load_config(path, flag, args).dtype
     if dtype is None:
-        raise ValueError(f"--{flag} {path}: its config.json names no dtype. Give --teacher_dtype.")
+        raise InputError(f"--{flag} {path}: its config.json names no dtype. Give --teacher_dtype.")
     return str(dtype).removeprefix("torch.")
 
 
@@ -192,36 +337,13 @@ def _deepspeed_config(config: dict | None, args: TrainingArguments) -> Iterator[
             set_hf_deepspeed_config(students)
 
 
-def _load(path: str, flag: str, dtype: str, args: StudentArguments, **options) -> LanguageModel:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        encoder = Encoder(tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=args.trust_remote_code,
-            **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {path}: {error}") from error
-    n_tokens, n_embeddings = len(encoder.forms.forms), model.get_input_embeddings().num_embeddings
-    if n_tokens > n_embeddings:
-        logger.warning(
-            "--%s %s: the tokenizer has %d tokens and the model %d embeddings; the model is resized to the tokenizer.",
-            *(flag, path, n_tokens, n_embeddings),
-        )
-        model.resize_token_embeddings(n_tokens)
-    return LanguageModel(model, encoder)
-
-
 def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks: its first list of as many modules as its configuration has hidden layers."""
     n_layers = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
-    raise ValueError(f"--freeze_layers: {type(model).__name__} shows no list of its {n_layers} transformer layers.")
+    raise InputError(f"--freeze_layers: {type(model).__name__} shows no list of its {n_layers} transformer layers.")
 
 
 # --------------------------------------------------------------------------------------------------------- the data
@@ -251,17 +373,18 @@ def load_examples(
 ) -> Dataset:
     """Tokenised rows with the columns of `prepare_example`, memory-mapped; made once and then read from a cache.
 
-    Raises ValueError or FileNotFoundError naming the flag, the file, and the row.
+    Rows that cannot be used are left out, and listed once. Raises InputError naming the flag or the file where none is
+    left, or the file cannot be read.
     """
     if path is None:
-        raise ValueError(f"--{flag} is missing: this run needs it.")
+        raise InputError(f"--{flag} is missing: this run needs it.")
     with training_args.main_process_first(desc=f"preparing {path}"):
         key = _cache_key(path, max_samples, args.block_size, encoders)
         try:
             rows = Dataset.from_generator(
                 _first_rows,
                 gen_kwargs={"path": path, "limit": max_samples, "key": key},
-                features=Features({"row": Value("int64"), "prefix": Value("string"), "text": Value("string")}),
+                features=Features({"row": Value("int64")} | {c: Value("string") for c in ("prefix", "text", "fault")}),
             )
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
@@ -275,20 +398,25 @@ def load_examples(
             desc=f"Tokenising {Path(path).name}",
         )
         usable = examples.filter(
-            lambda ends: len(ends) > 0, input_columns="ends", new_fingerprint=f"{key}-usable", desc="Checking"
+            lambda fault: not fault, input_columns="fault", new_fingerprint=f"{key}-usable", desc="Checking"
         )
     _report(path, args.block_size, examples, usable)
-    return usable.with_format("numpy")
+    return usable.remove_columns("fault").with_format("numpy")
 
 
 def _first_rows(path: str, limit: int | None, key: str) -> Iterator[dict]:
     # `key` is there for the cache of `from_generator`, which is named after the arguments.
-    return islice(read_rows(path), limit)
+    rows = islice(read_rows(path), limit)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{path}: it has no rows. Was it written or copied to its end?")
+    yield first
+    yield from rows
 
 
 def _features(n_sides: int) -> Features:
     side = {"input_ids": List(Value("int64")), "response_start": Value("int64"), "ends": List(Value("int32"))}
-    columns = {"row": Value("int64"), "cut": Value("bool")}
+    columns = {"row": Value("int64"), "fault": Value("string"), "cut": Value("bool")}
     for prefix in ("", "teacher_")[:n_sides]:
         columns |= {f"{prefix}{name}": value for name, value in side.items()}
     return Features(columns)
@@ -310,19 +438,32 @@ def _cache_key(path: str, max_samples: int | None, block_size: int, encoders: Se
 
 
 def _report(path: str, block_size: int, examples: Dataset, usable: Dataset) -> None:
-    left_out = sorted(set(examples["row"]) - set(usable["row"]))
-    if not len(usable):
-        raise ValueError(
-            f"{path}: none of its {len(examples)} rows can be used. A row needs a text that is not empty, and a "
-            f"prefix that leaves room for it in --block_size {block_size} tokens."
-        )
-    logger.info("%s: %d examples, %d of them cut to %d tokens.", path, len(usable), sum(usable["cut"]), block_size)
-    if left_out:
-        logger.warning(
-            "%s: %d rows left out, with an empty text or a prefix that fills --block_size %d: rows %s%s.",
-            *(path, len(left_out), block_size, ", ".join(map(str, left_out[:20]))),
-            ", …" if len(left_out) > 20 else "",
-        )
+    n, n_usable = len(examples), len(usable)
+    faults = ""
+    if n_usable < n:
+        left_out = examples.filter(bool, input_columns="fault", desc="Listing")
+        faults = list_faults(zip(left_out["row"], left_out["fault"]))
+    if not n_usable:
+        raise InputError(f"{path}: none of its {n} rows can be used. Repair them, or give another file.{faults}")
+    logger.info("%s: %d examples, %d of them cut to %d tokens.", path, n_usable, sum(usable["cut"]), block_size)
+    if faults:
+        logger.warning("%s: %d of its %d rows cannot be used, and are left out.%s", path, n - n_usable, n, faults)
+
+
+def list_faults(rows: Iterable[tuple[int, str]], kinds: int = 10, numbers: int = 10) -> str:
+    """`(row, fault)` as lines of text: how many rows have each fault, the commonest first, and which the first are."""
+    found: dict[str, list[int]] = {}
+    for row, fault in rows:
+        found.setdefault(fault, []).append(row)
+    by_count = sorted(found.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"{len(which)} row{'s' * (len(which) > 1)}: {fault} (row{'s' * (len(which) > 1)} "
+        f"{', '.join(map(str, which[:numbers]))}{', …' * (len(which) > numbers)})"
+        for fault, which in by_count[:kinds]
+    ]
+    if by_count[kinds:]:
+        lines.append(f"{sum(len(which) for _, which in by_count[kinds:])} rows: other reasons")
+    return "".join(f"\n  {line}" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -333,48 +474,69 @@ def run(trainer: ResponseTrainer) -> None:
 
     An output folder that already holds a whole checkpoint is gone on from; --resume_from_checkpoint false starts over.
     A LoRA student is saved as its adapter (with the path of the base model), or, with --merge_lora true, merged.
+    After SIGTERM the training saves a checkpoint and exits with status 143: no model is written, nothing evaluated.
     """
     args = trainer.args
     if args.do_train:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+        result = _train(trainer)
         trainer.model.config.use_cache = True  # off in training; whoever generates with the saved model wants it
-        trainer.save_model(str(Path(args.output_dir, "adapter")) if args.merge_lora else None)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+        # Under a name of its own until it is whole: a run may end while it saves.
+        target, part = Path(args.output_dir, "adapter" if args.merge_lora else ""), Path(args.output_dir, ".saving")
+        with saving(target):
+            trainer.save_model(str(part))
+            trainer.accelerator.wait_for_everyone()
+            if args.should_save:
+                publish(part, target)
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
+            trainer.save_state()
     if args.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if args.do_train and args.merge_lora and args.should_save:
-        # Last: it takes the trained model apart.
-        trainer.model.merge_and_unload().save_pretrained(args.output_dir)
-        trainer.processing_class.save_pretrained(args.output_dir)
+        with saving(args.output_dir):
+            # Last: it takes the trained model apart.
+            trainer.model.merge_and_unload().save_pretrained(part)
+            trainer.processing_class.save_pretrained(part)
+            publish(part, Path(args.output_dir))
+
+
+def _train(trainer: ResponseTrainer) -> TrainOutput:
+    """The training, from a checkpoint where there is one. Exits the process where SIGTERM ended it."""
+    checkpoint = _checkpoint(trainer.args)
+    stop = StopOnSigterm()
+    trainer.add_callback(stop)
+    with stop.listening():
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.stopping:
+            # A launcher ends all ranks as soon as one has ended.
+            trainer.accelerator.wait_for_everyone()
+            logger.warning(
+                "SIGTERM: stopped after step %d of %d, which is saved. The same command, started again, goes on from "
+                "there.",
+                *(trainer.state.global_step, trainer.state.max_steps),
+            )
+            sys.exit(STOPPED)
+    if checkpoint is not None and f"{PREFIX_CHECKPOINT_DIR}-{result.global_step}" == Path(checkpoint).name:
+        logger.info("All %d steps had been trained before.", result.global_step)
+        del result.metrics["train_loss"]  # the mean over no step
+    return result
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
     wish = args.resume_from_checkpoint
     if wish is not None and wish.lower() in ("false", "no"):
+        if args.should_save and (place := set_aside(args.output_dir)) is not None:
+            logger.warning("Starting over: the checkpoints of an earlier run in %s are now in %s.", place.parent, place)
         return None
     if wish is not None and wish.lower() not in ("true", "yes"):
+        if (what := defect(Path(wish))) is not None:
+            raise InputError(f"--resume_from_checkpoint {wish}: {what} Give another checkpoint, or leave the flag out.")
         return wish
     last = last_complete_checkpoint(args.output_dir)
     if wish is not None and last is None:
-        raise ValueError(f"--resume_from_checkpoint {wish}: {args.output_dir} holds no complete checkpoint.")
+        raise InputError(f"--resume_from_checkpoint {wish}: {args.output_dir} holds no complete checkpoint.")
     if last is not None:
         logger.info("Going on from %s. To start over, give --resume_from_checkpoint false.", last)
     return last
-
-
-def last_complete_checkpoint(folder: str) -> str | None:
-    """The checkpoint of the latest step that was saved to its end. A run may be stopped while it saves one."""
-    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    steps = [int(match[1]) for path in Path(folder).glob("*") if (match := name.fullmatch(path.name))]
-    for step in sorted(steps, reverse=True):
-        checkpoint = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())  # the file that is written last
-            return str(checkpoint)
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete, and passed over.", checkpoint)
-    return None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from get_vocab_mapper.vocab_mapper import VocabMapper, load_mapper
+from get_vocab_mapper.vocab_mapper import VocabMapper, build_command, load_mapper
 from modeling.alignment import alignment_counts, concatenate_groups, dtw_groups, one_to_one_rows
 from modeling.arguments import (
     DataArguments,
@@ -33,8 +33,9 @@ from modeling.arguments import (
 )
 from modeling.distillation_trainer import DistillationTrainer
 from modeling.divergences import cross_entropy_and, kl_to_target_rows, moved_distribution_rows
+from modeling.errors import one_message, user_input
 from modeling.examples import Encoder, Response, ResponseCollator
-from modeling.experiment import load_data, load_student, load_teacher, run, start
+from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
 
 
 @dataclass
@@ -101,28 +102,33 @@ def load_mined_mapper(path: str, teacher: Encoder, student: Encoder) -> VocabMap
 
     Raises ValueError for a mapper of another kind, and what `load_mapper` raises.
     """
-    mapper = load_mapper(path, teacher.forms, student.forms, threshold=0.0)  # without the tables of similar tokens
+    # Without the tables of similar tokens.
+    mapper = load_mapper(path, teacher.forms, student.forms, threshold=0.0, kind="mined")
     if mapper.kind not in ("mined", "published"):
         raise ValueError(
-            f"--teacher_to_student_id_mapping {path} is a mapper of the kind {mapper.kind!r}, and MinED needs one of "
-            "the kind 'mined'. Build it with get_vocab_mapper/get_MinED_mapper.py."
+            f"{path} is a mapper of the kind {mapper.kind!r}, and MinED needs one of the kind 'mined'. Build it: "
+            f"{build_command('mined', 'NEW.safetensors', teacher.forms, student.forms)}"
         )
     return mapper
 
 
+@one_message
 def main() -> None:
     student_args, distillation_args, mined_args, data_args, training_args = parse_arguments(
         [StudentArguments, SoftDistillationArguments, MinEDArguments, DataArguments, TrainingArguments],
         description=__doc__,
     )
-    start(training_args)
+    start(training_args, data_args)
+    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
+    student_tokens, teacher_tokens = look_at_models(student_args, data_args.block_size, **models)
+    with user_input("--teacher_to_student_id_mapping"):
+        mapper = load_mined_mapper(mined_args.teacher_to_student_id_mapping, teacher_tokens, student_tokens)
     student = load_student(student_args)
     teacher = load_teacher(distillation_args, student_args, training_args)
-    mapper = load_mined_mapper(mined_args.teacher_to_student_id_mapping, teacher.encoder, student.encoder)
     train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
     trainer = MinEDTrainer(
         model=student.model,
-        teacher=teacher.model,
+        teacher=teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation)),
         teacher_to_student=mapper.teacher_to_student,
         kd_alpha=distillation_args.kd_alpha,
         kd_temperature=distillation_args.kd_temperature,

@@ -27,13 +27,12 @@ probability that P_→ covers), one_to_one (student tokens in groups of one toke
 group covers the same bytes on both sides).
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from get_vocab_mapper.vocab_mapper import VocabMapper, load_mapper
 from modeling.alignment import (
@@ -53,10 +52,14 @@ from modeling.arguments import (
     parse_arguments,
 )
 from modeling.contextual_mapping import DirectionMap, contextual_kl
-from modeling.distillation_trainer import DistillationTrainer, freeze
-from modeling.divergences import cross_entropy, kl_divergence
+from modeling.distillation_trainer import DistillationTrainer
+from modeling.divergences import Logits, kl_divergence
+from modeling.errors import one_message, user_input
 from modeling.examples import Response, ResponseCollator, require_same_tokenizer
-from modeling.experiment import load_data, load_student, load_teacher, run, start
+from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
+from modeling.teachers import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +74,10 @@ class CDMArguments:
     )
     topk: int = field(
         default=100,
-        metadata={"help": "How many of each side's most probable tokens a group maps. 1 to the smaller vocabulary."},
+        metadata={
+            "help": "How many of each side's most probable tokens a group maps. 1 or more; above the smaller "
+            "vocabulary, all of it."
+        },
     )
     simi_threshold: float = field(
         default=0.3,
@@ -98,6 +104,10 @@ class CDMArguments:
         check(self.topk >= 1, "topk", self.topk, "give 1 or more")
         check(0 < self.simi_threshold <= 1, "simi_threshold", self.simi_threshold, "give a number above 0, at most 1")
         check(0 <= self.cross_weight <= 1, "cross_weight", self.cross_weight, "give a number from 0 to 1")
+        check(
+            self.cross_weight == 0.5 or self.same_tokenizer_teacher_path is not None,
+            *("cross_weight", self.cross_weight, "give --same_tokenizer_teacher_path too, to have two KDs to weigh"),
+        )
 
 
 class CDMTrainer(DistillationTrainer):
@@ -106,7 +116,7 @@ class CDMTrainer(DistillationTrainer):
     Args beyond those of `DistillationTrainer`:
         mapper: of this pair of tokenizers.
         topk, kd_temperature, alignment, cross_weight: as in `CDMArguments` and `DistillationArguments`.
-        same_tokenizer_teacher: the second teacher, where there is one; frozen here, in eval mode.
+        same_tokenizer_teacher: the second teacher, where there is one, which is fed the student's tokens.
     """
 
     def __init__(
@@ -117,7 +127,7 @@ class CDMTrainer(DistillationTrainer):
         kd_temperature: float,
         alignment: str,
         cross_weight: float = 0.5,
-        same_tokenizer_teacher: PreTrainedModel | None = None,
+        same_tokenizer_teacher: Teacher | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -128,8 +138,6 @@ class CDMTrainer(DistillationTrainer):
         self.alignment = alignment
         self.cross_weight = cross_weight
         self.same_tokenizer_teacher = same_tokenizer_teacher
-        if same_tokenizer_teacher is not None:
-            freeze(same_tokenizer_teacher)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.student_logits(model, inputs)  # z^S [R_S, V_S]
@@ -146,12 +154,12 @@ class CDMTrainer(DistillationTrainer):
             self.student_to_teacher,
             self.topk,
             self.kd_temperature,
+            self.response_labels(inputs),
         )
-        ce = cross_entropy(student, self.response_labels(inputs))  # [R_S]
         kd = cdm.kd * torch.from_numpy(groups.student_size).to(cdm.kd.device)  # [G]: KD_g counts |J_g| tokens
         parts = {}
         if self.same_tokenizer_teacher is not None:
-            same = self.frozen_logits(self.same_tokenizer_teacher, inputs, "", self.n_student_tokens)  # z^T' [R_S, V_S]
+            same = self.logits_of(self.same_tokenizer_teacher, inputs, self.n_student_tokens)  # z^T' [R_S, V_S]
             fkd = kl_divergence(same, student, self.kd_temperature)  # [R_S]
             parts = {"kd_cdm_loss": kd, "kd_fkd_loss": fkd}
             kd = torch.cat([self.cross_weight * kd, (1 - self.cross_weight) * fkd])
@@ -161,9 +169,9 @@ class CDMTrainer(DistillationTrainer):
         ends = [(response.teacher_ends, response.ends) for response in responses]
         for name, count in alignment_counts(ends, aligned).items():
             self.record(name, count, len(student))
-        return self.step_loss(inputs, ce, kd, num_items_in_batch, **parts)
+        return self.step_loss(inputs, cdm.ce, kd, num_items_in_batch, **parts)
 
-    def align(self, student: Tensor, teacher: Tensor, responses: list[Response]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def align(self, student: Logits, teacher: Logits, responses: list[Response]) -> list[tuple[np.ndarray, np.ndarray]]:
         """`(teacher_group, student_group)` of each response."""
         if self.alignment == "byte":
             return [byte_groups(r.teacher_ends, r.ends) for r in responses]
@@ -178,32 +186,45 @@ class CDMTrainer(DistillationTrainer):
         ]
 
 
+@one_message
 def main() -> None:
     student_args, distillation_args, cdm_args, data_args, training_args = parse_arguments(
         [StudentArguments, DistillationArguments, CDMArguments, DataArguments, TrainingArguments], description=__doc__
     )
-    start(training_args)
+    start(training_args, data_args)
+    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
+    second_path = cdm_args.same_tokenizer_teacher_path
+    student_tokens, teacher_tokens, *second_tokens = look_at_models(
+        student_args, data_args.block_size, **models, same_tokenizer_teacher_path=second_path
+    )
+    for tokens in second_tokens:
+        with user_input(f"--same_tokenizer_teacher_path {second_path}"):
+            require_same_tokenizer(student_tokens, tokens)
+    with user_input("--teacher_to_student_id_mapping"):
+        mapper = load_mapper(
+            cdm_args.teacher_to_student_id_mapping, teacher_tokens.forms, student_tokens.forms, cdm_args.simi_threshold
+        )
+    smaller = min(len(teacher_tokens.forms), len(student_tokens.forms))
+    if cdm_args.topk > smaller and training_args.should_log:
+        logger.warning("--topk is %d, and the smaller vocabulary has %d tokens: all are taken.", cdm_args.topk, smaller)
     student = load_student(student_args)
     teacher = load_teacher(distillation_args, student_args, training_args)
     second = None
     if cdm_args.same_tokenizer_teacher_path is not None:
         path = cdm_args.same_tokenizer_teacher_path
         second = load_teacher(distillation_args, student_args, training_args, path, "same_tokenizer_teacher_path")
-        try:
-            require_same_tokenizer(student.encoder, second.encoder)
-        except ValueError as error:
-            raise ValueError(f"--same_tokenizer_teacher_path {path}: {error}") from None
-    mapper = load_mapper(
-        cdm_args.teacher_to_student_id_mapping,
-        teacher.encoder.forms,
-        student.encoder.forms,
-        cdm_args.simi_threshold,
-    )
     train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
+    signals = teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation))
+    if second is not None:
+        second = teacher_signals(
+            *(second, distillation_args, student_args, training_args, (train, validation)),
+            *(path, "same_tokenizer_teacher_path"),
+            side="",
+        )
     trainer = CDMTrainer(
         model=student.model,
-        teacher=teacher.model,
-        same_tokenizer_teacher=None if second is None else second.model,
+        teacher=signals,
+        same_tokenizer_teacher=second,
         cross_weight=cdm_args.cross_weight,
         mapper=mapper,
         topk=cdm_args.topk,

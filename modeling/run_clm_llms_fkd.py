@@ -19,8 +19,9 @@ from modeling.arguments import (
 )
 from modeling.distillation_trainer import DistillationTrainer
 from modeling.divergences import cross_entropy_and_kl
+from modeling.errors import one_message, user_input
 from modeling.examples import ResponseCollator, require_same_tokenizer, require_same_tokens
-from modeling.experiment import load_data, load_student, load_teacher, run, start
+from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
 
 
 class FKDTrainer(DistillationTrainer):
@@ -44,18 +45,21 @@ class FKDTrainer(DistillationTrainer):
         return self.step_loss(inputs, ce, kd, num_items_in_batch)
 
 
+@one_message
 def main() -> None:
     student_args, distillation_args, data_args, training_args = parse_arguments(
         [StudentArguments, SoftDistillationArguments, DataArguments, TrainingArguments], description=__doc__
     )
-    start(training_args)
+    start(training_args, data_args)
+    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
+    with user_input():
+        require_same_tokenizer(*look_at_models(student_args, data_args.block_size, **models))
     student = load_student(student_args)
     teacher = load_teacher(distillation_args, student_args, training_args)
-    require_same_tokenizer(student.encoder, teacher.encoder)
     train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
     trainer = FKDTrainer(
         model=student.model,
-        teacher=teacher.model,
+        teacher=teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation)),
         kd_alpha=distillation_args.kd_alpha,
         kd_temperature=distillation_args.kd_temperature,
         args=training_args,

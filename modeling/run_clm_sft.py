@@ -8,8 +8,9 @@ with `z_j` the logits that predict response token `s_j`; prompt tokens are conte
 from modeling.arguments import DataArguments, StudentArguments, TrainingArguments, parse_arguments
 from modeling.distillation_trainer import ResponseTrainer
 from modeling.divergences import cross_entropy
+from modeling.errors import one_message
 from modeling.examples import ResponseCollator
-from modeling.experiment import load_data, load_student, run, start
+from modeling.experiment import load_data, load_student, look_at_models, run, start
 
 
 class SFTTrainer(ResponseTrainer):
@@ -21,11 +22,13 @@ class SFTTrainer(ResponseTrainer):
         return self.step_loss(inputs, ce, num_items_in_batch)
 
 
+@one_message
 def main() -> None:
     student_args, data_args, training_args = parse_arguments(
         [StudentArguments, DataArguments, TrainingArguments], description=__doc__
     )
-    start(training_args)
+    start(training_args, data_args)
+    look_at_models(student_args, data_args.block_size, model_name_or_path=student_args.model_name_or_path)
     student = load_student(student_args)
     train, validation = load_data(data_args, training_args, [student.encoder])
     trainer = SFTTrainer(

@@ -27,8 +27,9 @@ from modeling.arguments import (
 )
 from modeling.distillation_trainer import DistillationTrainer
 from modeling.divergences import cross_entropy_and, sorted_distance_rows
+from modeling.errors import one_message
 from modeling.examples import ResponseCollator
-from modeling.experiment import load_data, load_student, load_teacher, run, start
+from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
 
 
 @dataclass
@@ -65,17 +66,20 @@ class ULDTrainer(DistillationTrainer):
         return self.step_loss(inputs, ce, kd, num_items_in_batch)
 
 
+@one_message
 def main() -> None:
     student_args, distillation_args, data_args, training_args = parse_arguments(
         [StudentArguments, ULDArguments, DataArguments, TrainingArguments], description=__doc__
     )
-    start(training_args)
+    start(training_args, data_args)
+    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
+    look_at_models(student_args, data_args.block_size, **models)
     student = load_student(student_args)
     teacher = load_teacher(distillation_args, student_args, training_args)
     train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
     trainer = ULDTrainer(
         model=student.model,
-        teacher=teacher.model,
+        teacher=teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation)),
         kd_alpha=distillation_args.kd_alpha,
         kd_temperature=distillation_args.kd_temperature,
         args=training_args,

@@ -1,3 +1,4 @@
+# shellcheck shell=bash # it is sourced, and has no #! line
 # Sourced by the evaluation scripts: the environment, the devices, and where results go.
 #
 #     source script_eval/common.sh requirements-eval.txt     # the dependencies that the script needs

@@ -21,12 +21,32 @@ ENDS = 1 << 20  # bytes of a weight file's beginning and end that its fingerprin
 # -------------------------------------------------------------------------------------------------- JSON and JSONL
 
 
-def write_json(path: Path, value: object) -> None:
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the disk names the file that was to be written, and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}. Make room, or give another folder, then start "
+            "the same command again: what is there is gone on from."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes under a temporary name and renames: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -71,29 +91,43 @@ class RowFile:
         with locked(self.path):
             if not self.path.exists():
                 return set()
-            content = self.path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self.path, whole)
-            return {json.loads(line)["row"] for line in content[:whole].splitlines()}
+            self._drop_torn_line()
+            return {row["row"] for row in read_lines(self.path)}
 
     def append(self, rows: Iterable[dict]) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with locked(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        """All of the rows, or, where the disk takes no more, none of them."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        with writing(self.path), locked(self.path), self.path.open("ab", buffering=0) as file:
+            size = self._drop_torn_line()  # of a process that was killed beside this one
+            try:
+                rest = memoryview(lines)
+                while rest:  # a file without buffer may take a part only
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, size)
+                raise
+
+    def _drop_torn_line(self) -> int:
+        """Cuts off what stands behind the last line end, and returns the size of the rest."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            file.seek(max(0, size - 1))
+            if file.read() in (b"", b"\n"):
+                return size
+        size = self.path.read_bytes().rfind(b"\n") + 1
+        os.truncate(self.path, size)
+        return size
 
     def finish(self, n_rows: int) -> bool:
         """Sorts the file where all `n_rows` are there; returns whether they are."""
         with locked(self.path):
+            if not self.path.exists():  # of several processes, one without rows of its own ends first
+                return False
             rows = {row["row"]: row for row in read_lines(self.path)}
             if len(rows) < n_rows:
                 return False
-            text = "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)))
             return True
 
 

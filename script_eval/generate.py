@@ -137,10 +137,15 @@ def this_device(use_cpu: bool) -> torch.device:
 
 
 def load_model(args: argparse.Namespace, device: torch.device):
-    """Model and tokenizer. An adapter is merged into the model that it was trained on."""
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    """Model and tokenizer. An adapter is merged into the model that it was trained on.
+
+    Weights come from safetensors files alone: a pickle can run code when it is loaded.
+    """
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if Path(args.model, "adapter_config.json").is_file():
+        if not Path(args.model, "adapter_model.safetensors").is_file():
+            raise ValueError(f"{args.model}: the adapter has no adapter_model.safetensors, and no other file is read.")
         model = AutoPeftModelForCausalLM.from_pretrained(args.model, **options).merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)

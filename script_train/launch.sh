@@ -1,3 +1,4 @@
+# shellcheck shell=bash # it is sourced, and has no #! line
 # Sourced by the training scripts: finds the devices, and starts a Python script on them.
 #
 #     source script_train/launch.sh
@@ -28,6 +29,30 @@ run() {
     else
         "$@"
     fi
+}
+
+# Runs a training in a process group of its own, and passes SIGTERM and Ctrl-C on to all of it: a scheduler may tell
+# this script alone, and DeepSpeed's launcher would end without its processes. Then waits for the last of them, since a
+# container or a batch job ends with its script.
+supervise() {
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        run "$@"
+        return
+    fi
+    local group status=0 signal=0
+    set -m   # a group of its own, in which Ctrl-C is not ignored
+    "$@" &
+    group=$!
+    set +m
+    trap 'signal=15; kill -TERM -- "-$group" 2>/dev/null' TERM
+    trap 'signal=2; kill -INT -- "-$group" 2>/dev/null' INT
+    wait "$group" || status=$?
+    while ((signal)) && kill -0 -- "-$group" 2>/dev/null; do
+        sleep 0.2
+    done
+    trap - TERM INT
+    ((!signal)) || exit $((128 + signal))
+    return "$status"
 }
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -135,5 +160,5 @@ launch() {
             export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
         fi
     fi
-    run "${command[@]}" "$script" "${flags[@]}" "$@"
+    supervise "${command[@]}" "$script" "${flags[@]}" "$@"
 }

@@ -54,28 +54,8 @@ export TOKENIZERS_PARALLELISM=false
 
 # --------------------------------------------------------------------------------------------------------- the steps
 
+source "$here/steps.sh"
 steps=10
-step=0
-so_far=   # all that the result of the next step depends on
-
-# do_step NAME COMMAND…: runs the command, unless this very one, after the very same steps, was finished earlier.
-do_step() {
-    local name=$1 began=$SECONDS mark sum
-    shift
-    step=$((step + 1))
-    mark=$OUTPUT/.done/$step
-    so_far+="$*"$'\n'
-    sum=$(cksum <<<"$so_far")
-    if [[ -e $mark && $(<"$mark") == "$sum" ]]; then
-        printf '\n[%d/%d] %s: done before\n' "$step" "$steps" "$name"
-        return
-    fi
-    printf '\n[%d/%d] %s\n' "$step" "$steps" "$name"
-    rm -f "$mark"
-    "$@"
-    printf '%s\n' "$sum" >"$mark"
-    printf '[%d/%d] %d s\n' "$step" "$steps" $((SECONDS - began))
-}
 
 [[ $FRESH != 1 ]] || rm -rf "$OUTPUT/.done" "$OUTPUT/precision.txt"
 mkdir -p "$OUTPUT/.done"
@@ -99,7 +79,8 @@ evaluate() {
     local script=$1 model=$2 output=$3
     shift 3
     rm -rf "$output"
-    launch "modeling/$script" --model_name_or_path "$model" --output_dir "$output" \
+    # DeepSpeed evaluates without training under ZeRO-3 alone.
+    ZERO=3 launch "modeling/$script" --model_name_or_path "$model" --output_dir "$output" \
         --do_eval true --validation_file "$data/held_out.json" \
         --block_size "$BLOCK_SIZE" --per_device_eval_batch_size 5 --report_to none "$@"
 }

@@ -1,3 +1,4 @@
+# shellcheck shell=bash # it is sourced, and has no #! line
 # Sourced by what must run on a bare machine: sets PYTHON to an interpreter that has the project's dependencies.
 #
 #     source script_train/setup_env.sh

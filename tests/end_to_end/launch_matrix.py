@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -34,7 +34,6 @@ SCRIPTS = {
 }
 WAYS = ("plain", "torchrun 2", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 STEPS, ROWS_A_STEP = 4, 16
-ports = count(29700)
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Bench:
             arguments["teacher_to_student_id_mapping"] = mapper
         if way.startswith("ZeRO"):
             arguments["deepspeed"] = self.folder / f"zero{way[-1]}.json"
-        launch = launcher(ranks, deepspeed=way.startswith("ZeRO"), port=next(ports))
+        launch = launcher(ranks, deepspeed=way.startswith("ZeRO"))
         return [*launch, str(ROOT / "modeling" / SCRIPTS[script]), *flags(**arguments)]
 
 
@@ -118,10 +117,12 @@ def run(command: list[str], kill_at: Path | None = None) -> None:
 def _kill(process: subprocess.Popen) -> None:
     """SIGKILL to a launcher and to everything that it started."""
     launcher_process = psutil.Process(process.pid)
-    for victim in [launcher_process, *launcher_process.children(recursive=True)]:
+    victims = [launcher_process, *launcher_process.children(recursive=True)]
+    for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
     process.wait()
+    psutil.wait_procs(victims[1:], timeout=60)  # they may write, and hold their memory, until they are gone
 
 
 def uninterrupted_losses(bench: Bench, script: str, way: str) -> list[float]:
@@ -133,9 +134,8 @@ def uninterrupted_losses(bench: Bench, script: str, way: str) -> list[float]:
 def resumed_losses(bench: Bench, script: str, way: str) -> list[float]:
     """Of the run that was killed after step 2 and started again."""
     folder = bench.folder / f"{script} {way} killed"
-    command = bench.command(script, way, folder)
-    run(command, kill_at=folder / "checkpoint-2/trainer_state.json")
-    run(command)
+    run(bench.command(script, way, folder), kill_at=folder / "checkpoint-2/trainer_state.json")
+    run(bench.command(script, way, folder))
     return losses(folder)
 
 

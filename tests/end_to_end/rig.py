@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,12 +62,29 @@ def dolly_file(path: Path, rows: range, shorter_than: int = 10**9) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Without the variables of a launcher, and with one thread a process: two ranks must not fight over two cores."""
+    """Without the variables of a launcher, and with one thread a process: two ranks must not fight over two cores.
+
+    The interpreter's own tools come first, as `launch.sh` has it: with another ninja, DeepSpeed compiles all anew.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
 
 
-def launcher(ranks: int = 1, deepspeed: bool = False, port: int = 29511) -> list[str]:
+def free_port() -> int:
+    """A port that nothing listens on, below those that the system gives to outgoing connections.
+
+    Drawn, not counted: two processes that run tests beside each other must not come to the same one.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def launcher(ranks: int = 1, deepspeed: bool = False) -> list[str]:
+    port = free_port()
     if deepspeed:
         executable = str(Path(sys.executable).with_name("deepspeed"))
         return [executable, "--num_gpus", str(ranks), "--master_port", str(port)]
@@ -78,6 +103,43 @@ def run_script(script: str, *arguments: str, launch: list[str] | None = None, fa
     done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
     assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
     return done
+
+
+def in_a_fork(action: Callable[[], None], seconds: int = 300) -> SimpleNamespace:
+    """`status` (negative: the signal that ended it), `output` and `peak` (bytes of memory) of the action, in a fork.
+
+    The fork has done the heavy imports, may be killed at any point, and leaves no trace in this process.
+    """
+    with open(os.memfd_create("output"), "w+", buffering=1, encoding="utf-8") as output:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.setsid()  # a group of its own, to be signalled as a whole
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                sys.stdout = sys.stderr = output
+                action()
+                status = 0
+            except SystemExit as end:  # as the interpreter does it: a message goes to stderr
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        until = time.monotonic() + seconds
+        while (ended := os.wait4(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise TimeoutError(f"still at work after {seconds} s")
+            time.sleep(0.02)
+        output.seek(0)
+        return SimpleNamespace(
+            status=os.waitstatus_to_exitcode(ended[1]), output=output.read(), peak=1024 * ended[2].ru_maxrss
+        )
 
 
 def log_history(folder: Path) -> list[dict]:

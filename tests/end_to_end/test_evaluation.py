@@ -80,7 +80,7 @@ def test_an_interrupted_run_gives_the_same_file_on_any_number_of_processes(model
     process.wait()
     lines = stopped.read_text().splitlines(keepends=True)
     stopped.write_text("".join(lines[:3]) + '{"row": 10, "respon')
-    run_script(GENERATE, *common, *flags(output=stopped, batch_size=2), launch=launcher(ranks=2, port=29541))
+    run_script(GENERATE, *common, *flags(output=stopped, batch_size=2), launch=launcher(ranks=2))
     assert stopped.read_bytes() == whole.read_bytes()
 
     # Once more changes nothing; other settings are refused.

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling.arguments import DistillationArguments, StudentArguments, TrainingArguments
-from modeling.distillation_trainer import DistillationTrainer, freeze
 from modeling.experiment import last_complete_checkpoint, load_teacher
+from modeling.teachers import LiveTeacher
 from tests.end_to_end.rig import ROOT, flags, launcher, run_script, steps, tiny_llama
 from tests.unit.tokenizer_zoo import load_real
 
@@ -147,7 +147,7 @@ def sharded_shares(output):
 def test_a_teacher_sharded_beside_a_zero2_student(one_teacher, cdm_run):
     config = ROOT / "config/deepspeed_config.json"
     sharded = cdm_run(
-        launcher(2, deepspeed=True, port=29601), per_device_train_batch_size=4, deepspeed=config, teacher_zero3=True
+        launcher(2, deepspeed=True), per_device_train_batch_size=4, deepspeed=config, teacher_zero3=True
     )
     assert_equal_losses(one_teacher, sharded, rel=1e-4)
     ((held, whole),) = sharded_shares(sharded[2])
@@ -157,7 +157,7 @@ def test_a_teacher_sharded_beside_a_zero2_student(one_teacher, cdm_run):
 def test_two_teachers_sharded_beside_a_zero3_student(two_teachers, cdm_run, second_teacher):
     config = ROOT / "config/deepspeed_zero3_config.json"
     sharded = cdm_run(
-        launcher(2, deepspeed=True, port=29602),
+        launcher(2, deepspeed=True),
         per_device_train_batch_size=4,
         deepspeed=config,
         teacher_zero3=True,
@@ -186,23 +186,24 @@ def test_a_placed_teacher_gives_the_logits_of_its_response(phi_smollm, tmp_path,
     arguments = DistillationArguments(str(phi_smollm.teacher), teacher_device=device, teacher_dtype=dtype)
     student_arguments = StudentArguments(str(phi_smollm.student))
     teacher = load_teacher(arguments, student_arguments, TrainingArguments(str(tmp_path), use_cpu=True))
-    freeze(teacher.model)
     assert teacher.model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
     inputs, expected = batch_and_logits(phi_smollm.teacher, teacher.n_tokens)
-    got = DistillationTrainer.frozen_logits(teacher.model, inputs, "teacher_", teacher.n_tokens)
+    got = LiveTeacher(teacher.model, teacher.n_tokens).logits(inputs)
     assert got.dtype == teacher.model.dtype
     torch.testing.assert_close(got.float(), expected, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("on_disk", ["model.embed_tokens", "model.layers.1"])
+@pytest.mark.parametrize("on_disk", ["model.embed_tokens", "model.layers.1", "lm_head"])
 def test_a_teacher_whose_layers_lie_apart(phi_smollm, tmp_path, on_disk):
     """As auto places one that is larger than its devices: hooks bring each layer's input and weights together."""
     parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
     places = {part: "disk" if part == on_disk else "cpu" for part in parts}
     model = AutoModelForCausalLM.from_pretrained(phi_smollm.teacher, device_map=places, offload_folder=tmp_path)
-    freeze(model)
     inputs, expected = batch_and_logits(phi_smollm.teacher, 32_000)
-    torch.testing.assert_close(DistillationTrainer.frozen_logits(model, inputs, "teacher_", 32_000), expected)
+    teacher = LiveTeacher(model, 32_000)
+    torch.testing.assert_close(teacher.logits(inputs), expected)
+    rows, head = teacher.signal(inputs)
+    torch.testing.assert_close(head(rows), expected)
 
 
 def batch_and_logits(path, n_tokens):
@@ -310,7 +311,7 @@ def test_a_stopped_run_goes_on_from_the_last_complete_checkpoint(lora):
     ],
 )
 def test_a_bad_lora_run_is_told(phi_smollm, dolly, tmp_path, changes, message):
-    launch = launcher(1, deepspeed="deepspeed" in changes, port=29603)
+    launch = launcher(1, deepspeed="deepspeed" in changes)
     done = run_script(SFT, *lora_arguments(phi_smollm, dolly, tmp_path, **changes), launch=launch, fails=True)
     assert message in done.stderr
 

@@ -1,0 +1,204 @@
+"""Long files in little memory, responses of 8,192 tokens through every method, vocabularies of 262,144 tokens."""
+
+import contextlib
+import json
+import resource
+import runpy
+import sys
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from get_vocab_mapper.token_forms import TokenForms
+from get_vocab_mapper.vocab_mapper import SimilarTokens, VocabMapper, build_em, load_mapper
+from modeling import run_clm_distill_CDM, run_clm_llms_fkd, run_clm_llms_rkd, run_clm_MinED, run_clm_uld
+from modeling.alignment import byte_groups, concatenate_groups
+from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.examples import Encoder, read_rows
+from modeling.experiment import load_examples
+from tests.end_to_end.rig import ROOT, flags, in_a_fork, steps
+from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
+
+MIB = 2**20
+
+# --------------------------------------------------------------------------------------------------------- long files
+
+
+def write_rows(path: Path, n: int, length: int) -> Path:
+    """n rows, their texts of about so many characters."""
+    rows = ({"prefix": f"Row {i}.\n", "text": f"It is {i + 1}. " * (length // 12)} for i in range(n))
+    lines = (json.dumps(row) for row in rows)
+    if path.suffix == ".json":
+        path.write_text("[" + ",\n".join(lines) + "]")
+    else:
+        path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_file_is_read_row_by_row(tmp_path, name):
+    """A JSON array, too: of 16 MiB of rows no more than a few blocks are in memory."""
+    path = write_rows(tmp_path / name, 3_000, 6_000)
+    assert path.stat().st_size > 16 * MIB
+    tracemalloc.start()
+    n = sum(row["text"].startswith(f"It is {row['row']}. ") for row in read_rows(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n == 3_000
+    assert peak < 8 * MIB
+
+
+def own_memory() -> int:
+    """Bytes of this process's own pages: without those of mapped files, which the system takes back at will."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def test_dataset_preparation_takes_no_more_memory_for_more_rows(tmp_path, monkeypatch):
+    encoder = Encoder(byte_level_bpe(vocab_size=300))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    peaks = []
+
+    def encode(prefix, text, *args, encode=encoder.encode):
+        if prefix.endswith("0.\n"):  # every tenth row
+            peaks[-1] = max(peaks[-1], own_memory())
+        return encode(prefix, text, *args)
+
+    options = SimpleNamespace(block_size=1_000, preprocessing_num_workers=None)
+    monkeypatch.setattr(encoder, "encode", encode)
+    training = SimpleNamespace(main_process_first=lambda desc: contextlib.nullcontext())
+    for n in (1_100, 2_000, 10_000):  # the first one for what is allocated once
+        peaks.append(0)
+        examples = load_examples(
+            "train_file", str(write_rows(tmp_path / f"{n}.json", n, 250)), None, options, training, [encoder]
+        )
+        assert len(examples) == n
+        peaks[-1] = max(peaks[-1], own_memory())
+    assert peaks[2] - peaks[1] < 8 * MIB  # 8,000 rows more, of about 2 KiB each
+
+
+# ----------------------------------------------------------------------------------------------------- long responses
+
+LONG = 8_192
+
+
+@pytest.fixture(scope="module")
+def long_pair(tmp_path_factory):
+    """A response of 8,192 student tokens, bytes all of them, and nearly as many of the teacher's; small models."""
+    folder = tmp_path_factory.mktemp("long")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(1, 8))) for _ in range(4_000)]
+    text = " ".join(words)[: LONG - 1]
+    (folder / "train.json").write_text(json.dumps([{"prefix": "Q: ", "text": text}]))
+    tokenizers = {"student": byte_level_bpe(vocab_size=257), "same": byte_level_bpe(vocab_size=257)}
+    tokenizers["teacher"] = sentencepiece_bpe([text], vocab_size=290)
+    for name, tokenizer in tokenizers.items():
+        config = LlamaConfig(
+            vocab_size=len(tokenizer) + 8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=2 * LONG,
+            initializer_range=0.5,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        torch.manual_seed(len(name))
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for kind in ("em", "MinED"):
+        with pytest.MonkeyPatch.context() as patch:
+            pair = flags(teacher=folder / "teacher", student=folder / "student", output=folder / f"{kind}.safetensors")
+            patch.setattr(sys, "argv", ["build", *pair])
+            runpy.run_path(str(ROOT / f"get_vocab_mapper/get_{kind}_mapper.py"), run_name="__main__")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("module", "teacher", "extra"),
+    [
+        pytest.param(run_clm_distill_CDM, "teacher", {"alignment": "dtw"}, id="CDM, dtw"),
+        pytest.param(run_clm_distill_CDM, "teacher", {"alignment": "byte"}, id="CDM, byte"),
+        pytest.param(run_clm_MinED, "teacher", {}, id="MinED"),
+        pytest.param(run_clm_uld, "teacher", {}, id="ULD"),
+        pytest.param(run_clm_llms_fkd, "same", {}, id="FKD"),
+        pytest.param(run_clm_llms_rkd, "same", {}, id="RKD"),
+    ],
+)
+def test_a_response_of_8192_tokens(long_pair, tmp_path, module, teacher, extra):
+    if module in (run_clm_distill_CDM, run_clm_MinED):
+        kind = "MinED" if module is run_clm_MinED else "em"
+        extra = {**extra, "teacher_to_student_id_mapping": long_pair / f"{kind}.safetensors"}
+
+    def train():
+        sys.argv = [
+            module.__name__,
+            *flags(model_name_or_path=long_pair / "student", teacher_path=long_pair / teacher, **extra),
+            *flags(train_file=long_pair / "train.json", output_dir=tmp_path / "out", do_train=True, use_cpu=True),
+            *flags(block_size=LONG + 200, max_steps=1, save_strategy="no", report_to="none", logging_steps=1),
+        ]
+        module.main()
+
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = in_a_fork(train)
+    assert done.status == 0, done.output
+    assert "1 examples, 0 of them cut" in done.output
+    logged = steps(tmp_path / "out")[0]
+    assert 0 < logged["kd_loss"] < 100 and 0 < logged["ce_loss"] < 100
+    # The largest single thing is dynamic time warping's table of moves, a byte for each pair of tokens: 64 MiB.
+    assert done.peak < before + 1_000 * MIB
+
+
+# ------------------------------------------------------------------------------------------------ large vocabularies
+
+LARGE = 262_144
+
+
+def large_vocabulary(name: str, own: int) -> TokenForms:
+    """The last `own` tokens are this side's own, and similar to nothing; EOS comes last of all."""
+    forms = [f"{'' if i < LARGE - own else name}{i:x}".encode() for i in range(LARGE - 1)]
+    special = np.zeros(LARGE, dtype=bool)
+    special[-1] = True
+    return TokenForms(name, [*forms, b"<eos>"], special, {"eos": LARGE - 1})
+
+
+def test_a_mapper_of_262144_tokens_and_a_loss_with_it(tmp_path):
+    """Built, saved, loaded, used: every token of the shared part maps to itself, and none of the others to anything."""
+    own = 500
+    teacher, student = large_vocabulary("teacher", own), large_vocabulary("student", own)
+    mapper = build_em(teacher, student, threshold=0.0, progress=False)
+    expected = np.arange(LARGE, dtype=np.int32)
+    expected[LARGE - own : LARGE - 1] = -1
+    assert np.array_equal(mapper.teacher_to_student, expected)
+    mapper.save(tmp_path / "large.safetensors")
+    assert (tmp_path / "large.safetensors").stat().st_size < 10 * MIB
+    loaded = load_mapper(tmp_path / "large.safetensors", teacher, student, 0.0)
+    assert isinstance(loaded, VocabMapper) and isinstance(loaded.similar_to_student, SimilarTokens)
+
+    torch.manual_seed(0)
+    z_teacher, z_student = torch.randn(6, LARGE), torch.randn(6, LARGE, requires_grad=True)
+    ends = np.arange(1, 7)
+    groups = concatenate_groups([byte_groups(ends, ends)])
+    maps = [
+        DirectionMap(loaded.teacher_to_student, **vars(loaded.similar_to_student)),
+        DirectionMap(loaded.student_to_teacher, **vars(loaded.similar_to_teacher)),
+    ]
+    got = contextual_kl(z_student, z_teacher, groups, *maps, 100, 1.0)
+    want = []
+    for row in range(6):
+        total = 0.0
+        for side in (z_teacher, z_student):
+            top = side[row].topk(100).indices
+            top = top[torch.from_numpy(expected[top.numpy()] >= 0)]
+            p, q = z_teacher[row, top].double().softmax(0), z_student[row, top].double().softmax(0)
+            total += (p * (p / q).log()).sum().item() / 2
+        want.append(total)
+    assert got.kd.tolist() == pytest.approx(want, rel=1e-4)
+    got.kd.sum().backward()
+    assert torch.isfinite(z_student.grad).all() and z_student.grad.count_nonzero() <= 6 * 200
