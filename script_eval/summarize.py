@@ -9,6 +9,10 @@ called METHOD_seed7 or METHOD/seed_7 is one training seed of METHOD: such runs a
 over them. For a single run the deviation is that over the sampling seeds. An eval_results.json in the run's
 `evaluation` folder counts before its own, so that all methods can be held against one teacher.
 
+    python script_eval/summarize.py outputs/sft outputs/cdm --references outputs/teacher outputs/eval_untrained_student
+
+References stand above the methods, and are lines in the bar chart: they are never the best, and may lack figures.
+
 What is not comparable is not averaged: runs of a method that were trained or evaluated with other settings, or on other
 numbers of rows. Between methods, a column with unlike settings has no best. Either is said under the table.
 """
@@ -17,11 +21,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,13 +59,16 @@ SCORES = (
     ("GSM8K strict", "math", "GSM8K", "strict-match"),
     ("GSM8K flexible", "math", "GSM8K", "flexible-extract"),
 )
-# column, key of eval_results.json; less is better.
-HELD_OUT = (("bits per byte", "eval_bits_per_byte"), ("KD", "eval_kd_loss"))
-LESS_IS_BETTER = tuple(column for column, _ in HELD_OUT)
+# column, key of eval_results.json, unit; less is better.
+HELD_OUT = (
+    ("bits per byte", "eval_bits_per_byte", "bits per byte of the responses"),
+    ("KD", "eval_kd_loss", "nats per response token"),
+)
+LESS_IS_BETTER = tuple(column for column, _, _ in HELD_OUT)
 CURVES = (
     ("loss", "Loss"),
     ("ce_loss", "Cross-entropy (CE)"),
-    ("kd_loss", "Distillation (KD)"),
+    ("kd_loss", "KD, each method's own"),
     ("mapped_rate", "Mapped rate"),
 )
 
@@ -85,18 +93,22 @@ class Run:
     scores: dict[str, Score] = field(default_factory=dict)
     log: list[dict] = field(default_factory=list)
     budget: dict | None = None
+    reference: bool = False
 
     @property
     def name(self) -> str:
         return self.method if self.seed is None else f"{self.method}, seed {self.seed}"
 
 
-def run_folder(path: Path) -> Path:
-    """The run that a file belongs to: what holds the folder `evaluation` that it is in, or its own folder."""
-    parts = path.parent.parts
+def run_folder(path: Path, given: Path) -> Path:
+    """The run that a file belongs to: what holds the folder `evaluation` that it is in, or its own folder.
+
+    Only folders inside the given one are asked: that one may itself lie in an `evaluation`.
+    """
+    parts = path.parent.relative_to(given).parts
     if "evaluation" in parts:
         last = len(parts) - 1 - parts[::-1].index("evaluation")
-        return Path(*parts[:last])
+        return given.joinpath(*parts[:last])
     return path.parent
 
 
@@ -112,20 +124,18 @@ def name_of(folder: Path, given: Path) -> tuple[str, str | None]:
     return method or parent.resolve().name, match["seed"]
 
 
-def find_runs(given: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these folders, in this order, and a message for each folder that holds none."""
+def find_runs(given: Sequence[Path], references: Sequence[Path] = ()) -> tuple[list[Run], list[str]]:
+    """The runs in these folders, references first, in this order, and a message for each folder that holds none."""
     runs: dict[Path, Run] = {}
     messages = []
-    for top in given:
+    for place, top in enumerate([*references, *given]):
         paths = sorted(p for name in FILES for p in top.rglob(name) if not any("checkpoint-" in x for x in p.parts))
         if not paths:
             messages.append(f"{top}: {'no results in it' if top.is_dir() else 'no such folder'}.")
         for path in paths:
-            folder = run_folder(path)
-            # The folder that was given may itself lie in a run's `evaluation`.
-            folder = folder if folder.is_relative_to(top) else top
-            run = runs.setdefault(folder.resolve(), Run(folder, *name_of(folder, top)))
-            add_file(run, path)
+            folder = run_folder(path, top)
+            new = Run(folder, *name_of(folder, top), reference=place < len(references))
+            add_file(runs.setdefault(folder.resolve(), new), path)
     # Folders of one name in different places are different methods.
     places: dict[tuple, list[Run]] = {}
     for run in runs.values():
@@ -144,18 +154,26 @@ def add_file(run: Run, path: Path) -> None:
         run.budget = {key: content.get(key) for key in BUDGET}
     elif path.name == "eval_results.json":
         criteria = sorted(key.removeprefix("eval_") for key in content if not MEASURED_BY_ALL.fullmatch(key))
-        before_its_own = run_folder(path) != path.parent
-        for column, key in HELD_OUT:
+        before_its_own = run.folder != path.parent
+        for column, key, _ in HELD_OUT:
             if key in content and (before_its_own or column not in run.scores):
                 made_with = {"measured with": criteria} if column == "KD" else {}
                 run.scores[column] = Score(content[key], None, made_with)
     elif "scores" in content:
-        for column, task, benchmark, metric in SCORES:
-            entry = content["scores"].get(benchmark, {}).get(metric) if content["task"] == task else None
+        for column, benchmark, metric in score_columns(content["task"], content["scores"]):
+            entry = content["scores"].get(benchmark, {}).get(metric)
             if entry is not None:
                 made_with = {k: v for k, v in content["settings"].items() if k not in OWN_TO_A_RUN}
                 made_with |= {"rows": content["counts"][benchmark], "seeds": content["seeds"]}
                 run.scores[column] = Score(entry["mean"], entry["std"], made_with)
+
+
+def score_columns(task: str, benchmarks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """`(column, benchmark, metric)` of a task; an instruction set of another name has a column of its own."""
+    yield from ((column, benchmark, metric) for column, of, benchmark, metric in SCORES if of == task)
+    if task == "instructions":
+        known = {benchmark for _, _, benchmark, _ in SCORES}
+        yield from ((f"{name} ROUGE-L", name, "rouge_l") for name in benchmarks if name not in known)
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -184,7 +202,9 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def columns_of(runs: Sequence[Run]) -> list[str]:
-    every = [*(score[0] for score in SCORES), *(column for column, _ in HELD_OUT)]
+    known = [score[0] for score in SCORES]
+    others = [column for run in runs for column in run.scores if column not in (*known, *LESS_IS_BETTER)]
+    every = [*known, *dict.fromkeys(others), *LESS_IS_BETTER]
     return [column for column in every if any(column in run.scores for run in runs)]
 
 
@@ -205,7 +225,7 @@ def cell_of(runs: Sequence[Run], column: str) -> tuple[Cell, list[str]]:
     """The cell of one method, and what has to be said about it."""
     having = [run for run in runs if column in run.scores]
     if not having:
-        return Cell(), [f"missing for {runs[0].method}."]
+        return Cell(), [] if runs[0].reference else [f"missing for {runs[0].method}."]
     lacking = [run.name for run in runs if column not in run.scores]
     messages = [f"missing for {'; '.join(lacking)}."] if lacking else []
     scores = [run.scores[column] for run in having]
@@ -225,7 +245,7 @@ def digits_of(column: str) -> int:
 
 
 def best_of(cells: dict[str, Cell], column: str) -> set[str]:
-    """The methods with the best figure, as it is printed. Nobody is best alone."""
+    """Of these methods those with the best figure, as it is printed. Nobody is best alone."""
     figures = {name: round(cell.mean, digits_of(column)) for name, cell in cells.items() if cell.mean is not None}
     if len(figures) < 2:
         return set()
@@ -240,6 +260,14 @@ class Table:
     cells: dict[str, dict[str, Cell]]  # column → method → cell
     best: dict[str, set[str]]
     messages: list[str]
+
+    @property
+    def references(self) -> list[str]:
+        return [method for method, runs in self.methods.items() if runs[0].reference]
+
+    @property
+    def competing(self) -> dict[str, list[Run]]:
+        return {method: runs for method, runs in self.methods.items() if not runs[0].reference}
 
 
 def make_table(runs: Sequence[Run]) -> Table:
@@ -256,11 +284,14 @@ def make_table(runs: Sequence[Run]) -> Table:
         if reason:
             messages.append(f"the methods are not comparable, they differ in {reason}.")
         table.cells[column] = cells
-        table.best[column] = set() if reason else best_of(cells, column)
+        competing = {method: cell for method, cell in cells.items() if method not in table.references}
+        table.best[column] = set() if reason else best_of(competing, column)
         for message in messages:
             said.setdefault(message, []).append(column)
     table.messages += [f"{', '.join(of_columns)}: {message}" for message, of_columns in said.items()]
-    budgets = {method: next((r.budget for r in of_method if r.budget), None) for method, of_method in methods.items()}
+    budgets = {
+        method: next((r.budget for r in of_method if r.budget), None) for method, of_method in table.competing.items()
+    }
     trained = {method: budget for method, budget in budgets.items() if budget}
     if reason := how_they_differ(list(trained.values())):
         table.messages.append(f"The methods were not trained alike ({', '.join(trained)}): {reason}.")
@@ -285,7 +316,8 @@ def markdown(table: Table) -> str:
         cells = []
         for column in table.columns:
             cell = table.cells[column][method]
-            text = cell.text(digits_of(column))
+            lacks = runs[0].reference and cell.n_runs == 0
+            text = "–" if lacks else cell.text(digits_of(column))
             text = f"**{text}**" if method in table.best[column] else text
             cells.append(text + (f" ({cell.n_runs} of {len(runs)})" if 0 < cell.n_runs < len(runs) else ""))
         lines.append(row([method, str(len(runs)), *cells]))
@@ -294,6 +326,8 @@ def markdown(table: Table) -> str:
         "held-out rows. ± is the standard deviation, over training seeds where a method has several runs, else over "
         "sampling seeds. The best of a column is bold."
     )
+    if table.references:
+        explanation += f" For reference, and never the best: {', '.join(table.references)} (– is not applicable)."
     notes = [f"- {message}" for message in table.messages]
     return "\n".join([*lines, "", explanation, *(["", *notes] if notes else []), ""])
 
@@ -322,7 +356,7 @@ def styles(methods: Sequence[str]) -> dict[str, dict]:
     hatches = ("", "///", "...", "xxx", "---", "\\\\\\")
     return {
         method: {
-            "color": colours(0.88 * i / last),
+            "color": colours(0.82 * i / last),
             "linestyle": lines[i % len(lines)],
             "hatch": hatches[i % len(hatches)],
         }
@@ -331,7 +365,10 @@ def styles(methods: Sequence[str]) -> dict[str, dict]:
 
 
 def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path) -> bool:
-    """A panel for each logged figure, a line for each run; False where nothing was logged."""
+    """A panel for each logged figure, a line for each method; False where nothing was logged.
+
+    Of several runs of a method the line is the mean, over the steps that all of them logged; each is a thin one beside.
+    """
     runs = [run for of_method in methods.values() for run in of_method]
     panels = [(key, title) for key, title in CURVES if any(key in entry for run in runs for entry in run.log)]
     if not panels:
@@ -340,13 +377,17 @@ def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path
     handles = {}
     for (key, title), axis in zip(panels, axes[0]):
         for method, of_method in methods.items():
-            for run in of_method:
-                points = [(entry["step"], entry[key]) for entry in run.log if key in entry and "step" in entry]
-                if points:
-                    style = {name: look[method][name] for name in ("color", "linestyle")}
-                    marker = "o" if len(points) < 3 else None
-                    (line,) = axis.plot(*zip(*points), linewidth=1.6, marker=marker, **style)
-                    handles.setdefault(method, line)
+            style = {name: look[method][name] for name in ("color", "linestyle")}
+            logged = [{e["step"]: e[key] for e in run.log if key in e and "step" in e} for run in of_method]
+            logged = [values for values in logged if values]
+            if len(logged) > 1:
+                for values in logged:
+                    axis.plot(values.keys(), values.values(), linewidth=0.6, alpha=0.5, color=style["color"])
+            steps = sorted(set.intersection(*map(set, logged))) if logged else []
+            if steps:
+                means = [statistics.fmean(values[step] for values in logged) for step in steps]
+                (line,) = axis.plot(steps, means, linewidth=2, marker="o" if len(steps) < 3 else None, **style)
+                handles.setdefault(method, line)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         if key == "mapped_rate":
@@ -354,30 +395,34 @@ def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path
         else:
             axis.set_ylabel("nats per response token")
     legend_below(figure, handles)
+    figure.get_layout_engine().set(wspace=0.05)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
 
 
 def draw_bars(table: Table, look: dict[str, dict], path: Path) -> bool:
-    """The columns of the table as groups of bars, one panel for each direction; False where there is none."""
-    up = [column for column in table.columns if column not in LESS_IS_BETTER]
-    down = [column for column in table.columns if column in LESS_IS_BETTER]
-    panels = [(c, title) for c, title in ((up, "percent (more is better)"), (down, "held-out (less is better)")) if c]
+    """The columns of the table as groups of bars, a panel for each unit; False where there is none.
+
+    References are lines across the groups.
+    """
+    percent = [column for column in table.columns if column not in LESS_IS_BETTER]
+    panels = [(percent, "percent (more is better)")] if percent else []
+    panels += [([column], f"{unit}\n(less is better)") for column, _, unit in HELD_OUT if column in table.columns]
     if not panels:
         return False
     widths = [max(1.6, len(columns)) for columns, _ in panels]
-    size = (max(6.0, 1.2 + sum(widths) * (0.7 + 0.25 * len(table.methods))), 4.4)
+    size = (max(6.0, 1.2 + sum(widths) * (0.7 + 0.25 * len(table.competing))), 4.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, layout="constrained", squeeze=False)
     handles = {}
     for (columns, label), axis in zip(panels, axes[0]):
-        width = 0.8 / len(table.methods)
-        for i, method in enumerate(table.methods):
+        width = 0.8 / max(1, len(table.competing))
+        for i, method in enumerate(table.competing):
             for place, column in enumerate(columns):
                 cell = table.cells[column][method]
                 if cell.mean is not None:
                     bar = axis.bar(
-                        place + (i - (len(table.methods) - 1) / 2) * width,
+                        place + (i - (len(table.competing) - 1) / 2) * width,
                         cell.mean,
                         width,
                         yerr=cell.std,
@@ -389,13 +434,22 @@ def draw_bars(table: Table, look: dict[str, dict], path: Path) -> bool:
                         error_kw={"ecolor": "black", "elinewidth": 1.2, "path_effects": outline()},
                     )
                     handles.setdefault(method, bar)
+        for method, line in zip(table.references, itertools.cycle(((0, (1, 1)), "--", "-.", "-"))):
+            for place, column in enumerate(columns):
+                cell = table.cells[column][method]
+                if cell.mean is not None:
+                    handles[method] = axis.hlines(
+                        *(cell.mean, place - 0.47, place + 0.47),
+                        **{"linestyle": line, "color": "black", "linewidth": 1.6, "path_effects": outline()},
+                    )
         axis.set_xticks(range(len(columns)), columns, rotation=25 if len(columns) > 4 else 0)
         for tick in axis.get_xticklabels():
             tick.set_ha("right" if len(columns) > 4 else "center")
-        axis.set(ylabel=label, xlim=(-0.6, len(columns) - 0.4))
+        axis.set(ylabel=label, xlim=(-0.6, len(columns) - 0.4), ylim=(0, None))
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     legend_below(figure, handles)
+    figure.get_layout_engine().set(wspace=0.05)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
@@ -408,15 +462,23 @@ def outline() -> list:
 
 
 def legend_below(figure, handles: dict) -> None:
-    n_columns = max(1, min(len(handles), 4))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=n_columns, handlelength=3.5)
+    """In as many columns, four at most, as the figure has room for."""
+    for n_columns in range(min(len(handles), 4), 0, -1):
+        legend = figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=n_columns, handlelength=3.5
+        )
+        if n_columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def summarise(given: Sequence[Path], output: Path, say: Callable[[str], None] = print) -> Table:
-    runs, messages = find_runs(given)
+def summarise(
+    given: Sequence[Path], output: Path, say: Callable[[str], None] = print, references: Sequence[Path] = ()
+) -> Table:
+    runs, messages = find_runs(given, references)
     if not runs:
         raise ValueError("there is nothing to summarise: " + " ".join(messages))
     table = make_table(runs)
@@ -425,9 +487,9 @@ def summarise(given: Sequence[Path], output: Path, say: Callable[[str], None] = 
     text = markdown(table)
     (output / "table.md").write_text(text, encoding="utf-8")
     write_csv(runs, table.columns, output / "table.csv")
-    look = styles(list(table.methods))
+    look = styles(list(table.competing))
     files = ["table.md", "table.csv"]
-    files += ["curves.png"] * draw_curves(table.methods, look, output / "curves.png")
+    files += ["curves.png"] * draw_curves(table.competing, look, output / "curves.png")
     files += ["scores.png"] * draw_bars(table, look, output / "scores.png")
     say(text)
     say("Written: " + ", ".join(str(output / name) for name in files))
@@ -437,9 +499,12 @@ def summarise(given: Sequence[Path], output: Path, say: Callable[[str], None] = 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="+", help="Runs, or folders with runs in them.")
+    parser.add_argument(
+        "--references", type=Path, nargs="+", default=[], help="Runs to hold the others against, such as the teacher."
+    )
     parser.add_argument("--output", type=Path, default=Path("summary"), help="Folder for the table and the pictures.")
     args = parser.parse_args()
     try:
-        summarise(args.folders, args.output)
+        summarise(args.folders, args.output, references=args.references)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         sys.exit(f"error: {error}")

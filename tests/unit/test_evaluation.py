@@ -143,6 +143,7 @@ def test_wrong_arguments_are_named(capsys):
 def test_a_torn_line_is_dropped_and_the_finished_file_is_sorted(tmp_path):
     file = eval_records.RowFile(tmp_path / "some folder" / "rows.jsonl")
     assert file.done() == set()
+    assert not file.finish(3)  # before anything was written
     file.append([{"row": 2, "response": "ü"}, {"row": 0, "response": "a\nb"}])
     with file.path.open("a") as torn:
         torn.write('{"row": 1, "resp')
@@ -371,6 +372,68 @@ def test_a_common_teachers_figures_count_before_a_methods_own(tmp_path):
     common = {"eval_kd_loss": 0.5, "eval_bits_per_byte": 0.9, "eval_mapped_rate": 0.7}
     eval_records.write_json(tmp_path / "uld/evaluation/held_out/eval_results.json", common)
     assert "0.900 | 0.500 |" in summarised(tmp_path, tmp_path / "uld")
+
+
+def test_references_stand_apart(tmp_path):
+    """Above the methods; never the best, never missed, and not held to their budget."""
+    for seed, bits in ((1, 0.9), (2, 0.7)):
+        make_run(tmp_path / "runs/cdm" / f"seed_{seed}", 20.0, bits)
+        make_run(tmp_path / "runs/sft" / f"seed_{seed}", 10.0, bits + 0.1)
+    make_run(tmp_path / "teacher", 99.0, 0.1, steps=7)
+    make_run(tmp_path / "untrained", 98.0)
+    printed: list[str] = []
+    table = summarize.summarise(
+        [tmp_path / "runs"],
+        tmp_path / "summary",
+        printed.append,
+        references=[tmp_path / "teacher", tmp_path / "untrained"],
+    )
+    assert list(table.methods) == ["teacher", "untrained", "cdm", "sft"]
+    assert "| teacher | 1 | 99.00 ± 0.50 | 0.100 |\n| untrained | 1 | 98.00 ± 0.50 | – |\n" in printed[0]
+    assert (
+        "| cdm | 2 | **20.00 ± 0.00** | **0.800 ± 0.141** |\n| sft | 2 | 10.00 ± 0.00 | 0.900 ± 0.141 |" in printed[0]
+    )
+    assert "For reference, and never the best: teacher, untrained" in printed[0] and "\n- " not in printed[0]
+    assert list(table.competing) == ["cdm", "sft"]
+
+
+def test_a_methods_curve_is_the_mean_over_its_seeds(tmp_path, monkeypatch):
+    for seed, losses in ((1, {5: 4.0, 10: 3.0, 15: 2.5}), (2, {5: 2.0, 10: 2.0})):
+        make_run(tmp_path / "runs/cdm" / f"seed_{seed}", 20.0, 0.9)
+        state = tmp_path / "runs/cdm" / f"seed_{seed}" / "trainer_state.json"
+        log = [{"step": step, "loss": loss} for step, loss in losses.items()]
+        eval_records.write_json(state, {**eval_records.read_json(state), "log_history": log})
+    figures = []
+    monkeypatch.setattr(summarize.plt, "close", figures.append)
+    summarised(tmp_path, tmp_path / "runs")
+    (axis,) = figures[0].axes
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    assert drawn == [([5, 10, 15], [4.0, 3.0, 2.5]), ([5, 10], [2.0, 2.0]), ([5, 10], [3.0, 2.5])]
+    assert axis.lines[2].get_linewidth() > axis.lines[0].get_linewidth()
+
+
+def test_a_legend_of_long_names_lies_inside_the_picture(tmp_path, monkeypatch):
+    for i in range(5):
+        make_run(tmp_path / f"a method with quite a long name, number {i}", 20.0)
+    figures = []
+    monkeypatch.setattr(summarize.plt, "close", figures.append)
+    summarised(tmp_path, tmp_path)
+    (legend,) = figures[0].legends
+    figures[0].canvas.draw()
+    box, whole = legend.get_window_extent(), figures[0].bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and len(legend.get_texts()) == 5
+
+
+def test_a_set_of_another_name_has_its_own_column(tmp_path):
+    path = tmp_path / "evaluation/here/runs/cdm/seed_3/evaluation/instructions/results.json"
+    make_run(path.parents[2], 20.0, 0.9)
+    results = eval_records.read_json(path)
+    results["scores"]["my set"] = {"rouge_l": {"mean": 33.0, "std": None, "values": {"10": 33.0}}}
+    results["counts"]["my set"] = 4
+    eval_records.write_json(path, results)
+    text = summarised(tmp_path, tmp_path / "evaluation/here/runs")  # itself in a folder called `evaluation`
+    assert "|  | runs | Dolly ↑ | my set ROUGE-L ↑ | bits per byte ↓ |" in text
+    assert "| cdm | 1 | 20.00 ± 0.50 | 33.00 | 0.900 |" in text
 
 
 def test_the_settings_hold_every_argument_that_changes_the_text(tmp_path):

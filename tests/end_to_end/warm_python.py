@@ -1,0 +1,144 @@
+"""A Python that has the heavy libraries loaded already: for scripts that start many short Python processes.
+
+    with warm_python(folder) as python:      # an executable, to be given as PYTHON
+        ...
+
+A server imports them once and forks for every script; what the script gets (arguments, environment, folder, files, exit
+code) is what it would get of its own interpreter. Anything but a script (`-c`, `-m`, `-`) goes to the real one.
+
+For tests of interruptions: with STOP_AFTER=TEXT in its environment, the process that started a script is killed when a
+script with TEXT in its arguments has ended; with DIE_AT_CHECKPOINT=TEXT, such a training dies when it has saved one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.end_to_end.rig import ROOT, environment
+
+HEAVY = ("modeling.run_clm_distill_CDM", "transformers.trainer", "deepspeed", "datasets", "peft", "matplotlib.pyplot")
+
+CLIENT = """
+import json, os, signal, socket, sys
+
+arguments = sys.argv[1:]
+if not arguments[0].endswith(".py"):
+    os.execv(sys.executable, [sys.executable, *arguments])
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect(os.path.join(os.path.dirname(__file__), "socket"))
+request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+code = connection.recv(1)
+stop = os.environ.get("STOP_AFTER")
+if stop and any(stop in argument for argument in arguments):
+    os.kill(os.getppid(), signal.SIGKILL)
+sys.exit(code[0] if code else 1)
+"""
+
+
+@contextlib.contextmanager
+def warm_python(folder: Path) -> Iterator[str]:
+    """The path of the executable; the server ends with the block."""
+    executable, client = folder / "python", folder / "client.py"
+    client.write_text(CLIENT)
+    executable.write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S '{client}' \"$@\"\n")
+    executable.chmod(0o755)
+    command = [sys.executable, "-m", "tests.end_to_end.warm_python", str(folder / "socket")]
+    server = subprocess.Popen(command, cwd=ROOT, env=environment())
+    try:
+        deadline = time.monotonic() + 180
+        while not (folder / "socket").exists():
+            assert server.poll() is None and time.monotonic() < deadline, "the server has not started"
+            time.sleep(0.05)
+        yield str(executable)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def serve(path: str) -> None:
+    """One script at a time, for ever."""
+    for name in HEAVY:
+        __import__(name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+                child = os.fork()
+                if child == 0:
+                    run(json.loads(message), files)
+                for file in files:
+                    os.close(file)
+                code = wait_for(child, connection)
+                with contextlib.suppress(BrokenPipeError):
+                    connection.send(bytes([code]))
+
+
+def wait_for(child: int, connection: socket.socket) -> int:
+    """The exit code of the child. Where the client is gone, the child is killed."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        gone, _, _ = select.select([connection], [], [], 0.01)
+        if gone:
+            os.kill(child, signal.SIGKILL)
+
+
+def run(request: dict, files: list[int]) -> None:
+    """Becomes the script. Does not return."""
+    code = 1
+    try:
+        for target, file in enumerate(files):
+            os.dup2(file, target)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        script = request["arguments"][0]
+        sys.argv, sys.path[0] = request["arguments"], str(Path(script).parent)
+        if (text := os.environ.get("DIE_AT_CHECKPOINT")) and any(text in argument for argument in sys.argv):
+            die_at_checkpoint()
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def die_at_checkpoint() -> None:
+    from transformers import Trainer
+
+    save = Trainer._save_checkpoint
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._save_checkpoint = save_and_die
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
