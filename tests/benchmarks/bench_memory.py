@@ -1,12 +1,17 @@
 """How much memory each method's loss takes beyond the logits, forward and backward, cross-entropy included.
 
-    python tests/benchmarks/bench_memory.py [--rows 512] [--dtype float32] [--device cpu]
+    python -m tests.benchmarks.bench_memory [--rows 512] [--dtype float32] [--device cpu]
 
 Every method runs in a process of its own, on random logits of the given number of response tokens and the vocabularies
 of Qwen2 (student, and teacher of the methods that need one tokenizer) and Phi-3 (teacher of the others). What both
 sides' logits take does not count, nor does the gradient of the student's, which every loss must give; all else does,
 as a share of the student's logits: `beyond`. On the CPU it is the peak of the process's resident memory, and
 `seconds` (with the cores at hand) tells more about the sort than about a training step.
+
+    python -m tests.benchmarks.bench_memory --rows 4096 --logits_chunk 128
+
+starts from last hidden states instead (`--hidden` wide) and goes back to the student's and to its head, once with whole
+logits and once with `--logits_chunk`. There all that is taken counts, the gradients of the head included.
 """
 
 import argparse
@@ -21,70 +26,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.alignment import Groups
-from modeling.contextual_mapping import DirectionMap, contextual_kl
-from modeling.divergences import (
-    cross_entropy,
-    cross_entropy_and,
-    cross_entropy_and_kl,
-    kl_to_target_rows,
-    moved_distribution_rows,
-    sorted_distance_rows,
-)
+from modeling.chunked_logits import ChunkedLogits
+from modeling.contextual_mapping import DirectionMap
+from modeling.divergences import Logits
+from modeling.examples import Response
+from modeling.output_head import OutputHead
+from tests.benchmarks.bench_losses import cdm_settings, trainer_of
 
 QWEN2, PHI3 = 151_936, 32_064
-METHODS = {"CE": 0, "FKD": QWEN2, "RKD": QWEN2, "ULD": PHI3, "MinED": PHI3, "CDM": PHI3}  # the teacher's vocabulary
+METHODS = {"SFT": 0, "FKD": QWEN2, "RKD": QWEN2, "ULD": PHI3, "MinED": PHI3, "CDM": PHI3}  # the teacher's vocabulary
 
 
-def losses(method: str, logits: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, ...]:
-    """What the method's `compute_loss` does with `logits["student"]` and `logits["teacher"]`, which it takes out."""
-    student, teacher = logits.pop("student"), logits.pop("teacher")
-    n_student, n_teacher = student.shape[1], teacher.shape[1]
-    rows = torch.arange(len(student), device=student.device)
-    if method == "CE":
-        return (cross_entropy(student, labels),)
-    if method == "FKD":
-        return cross_entropy_and_kl(student, labels, teacher, 2.0)
-    if method == "RKD":
-        return cross_entropy_and_kl(student, labels, teacher, 2.0, reverse=True)
-    if method == "ULD":
-        teacher = teacher.index_select(0, rows)
-        return cross_entropy_and(sorted_distance_rows, student, labels, teacher)
+def batch(n_rows: int) -> dict:
+    """One example of so many tokens on either side, token j standing for token j."""
+    ids = torch.arange(n_rows + 1)[None]
+    rows = np.arange(n_rows)
+    response = Response(1, n_rows, rows + 1, rows + 1, 1 - np.eye(n_rows, dtype=np.uint16), rows, rows)
+    sides = {
+        f"{side}{name}": value
+        for side in ("", "teacher_")
+        for name, value in (("labels", ids), ("positions", ids[0, :-1]))
+    }
+    return {**sides, "responses": [response]}
 
-    static = np.arange(n_teacher, dtype=np.int32)
+
+def settings(method: str, n_student: int, n_teacher: int, device: str) -> dict:
+    """Mappers that send every teacher token to the student's of the same id."""
     if method == "MinED":
-        teacher, static = teacher.index_select(0, rows), torch.from_numpy(static).long().to(student.device)
-
-        def divergence(s: Tensor, t: Tensor, row_labels: Tensor, distilled: Tensor) -> Tensor:
-            moved = moved_distribution_rows(t, static, n_student, 2.0)
-            one_hot = torch.zeros_like(moved).scatter_(1, row_labels[:, None], 1.0)
-            return kl_to_target_rows(torch.where(distilled[:, None], moved, one_hot), s, 2.0)
-
-        return cross_entropy_and(divergence, student, labels, teacher, labels, rows % 2 == 0)
-
-    group, size = np.arange(len(student)), np.ones(len(student), dtype=np.int64)
-    back = np.concatenate([static, np.full(n_student - n_teacher, -1, dtype=np.int32)])
-    maps = [
-        DirectionMap(one_way, np.zeros(len(one_way) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-        for one_way in (static, back)
-    ]
-    kd = contextual_kl(student, teacher, Groups(group, group, size, size), *maps).kd
-    return cross_entropy(student, labels), kd
+        return {"teacher_to_student": torch.arange(n_teacher, device=device)}
+    if method != "CDM":
+        return {}
+    to_student = np.arange(n_teacher, dtype=np.int32)
+    to_teacher = np.where(np.arange(n_student) < n_teacher, np.arange(n_student), -1).astype(np.int32)
+    none = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    maps = [DirectionMap(static, np.zeros(len(static) + 1, np.int32), *none) for static in (to_student, to_teacher)]
+    return cdm_settings(*maps)
 
 
-def step(method: str, logits: dict[str, Tensor]) -> Tensor:
-    """The gradient of CE/2 + KD/2."""
-    student = logits["student"]
-    labels = torch.arange(len(student), device=student.device) % student.shape[1]
-    total = sum(part.sum() for part in losses(method, logits, labels)) / 2
-    return torch.autograd.grad(total, student)[0]
+def step(method: str, student: Logits, teacher: Logits, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of the loss with respect to the leaves."""
+    own = settings(method, student.shape[1], teacher.shape[1], student.device)
+    inputs = batch(len(student))
+    inputs = {k: v.to(student.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    loss = trainer_of(method, student, teacher, **own).compute_loss(None, inputs)
+    return torch.autograd.grad(loss, leaves)
 
 
-def random_logits(n_rows: int, n_student: int, n_teacher: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    shapes = {"student": (n_rows, n_student), "teacher": (n_rows, n_teacher)}
-    logits = {side: torch.empty(shape, dtype=dtype, device=device).normal_(0, 3) for side, shape in shapes.items()}
-    logits["student"].requires_grad_()
-    return logits
+def warm_up(method: str, device: str) -> None:
+    """What is loaded or compiled at first use."""
+    student = torch.randn(4, 300, device=device, requires_grad=True)
+    step(method, student, torch.randn(4, 300 if method in ("FKD", "RKD") else 200, device=device), [student])
 
 
 def measure(
@@ -92,38 +83,54 @@ def measure(
 ) -> dict[str, float]:
     """`{"beyond": share of the student's logits, "seconds": of one step}`. On the CPU, right in a new process only."""
     torch.manual_seed(0)
-    step(
-        method,
-        random_logits(
-            4, 300, min(n_teacher, 200 if method not in ("FKD", "RKD") else 300), getattr(torch, dtype), device
-        ),
-    )  # what is loaded or compiled at first use
-    logits = random_logits(n_rows, n_student, n_teacher, getattr(torch, dtype), device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before, start = peak_bytes(device), time.perf_counter()
-    student_bytes = logits["student"].nbytes
-    gradient = step(method, logits)
-    peak = peak_bytes(device)
-    return {
-        "beyond": (peak - before - gradient.nbytes) / student_bytes,
-        "seconds": time.perf_counter() - start,
-    }
+    warm_up(method, device)
+    student, teacher = (
+        torch.empty(n_rows, width, dtype=getattr(torch, dtype), device=device).normal_(0, 3)
+        for width in (n_student, n_teacher)
+    )
+    student.requires_grad_()
+    before, start = peak_bytes(device, reset=True), time.perf_counter()
+    (gradient,) = step(method, student, teacher, [student])
+    beyond = (peak_bytes(device) - before - gradient.nbytes) / student.nbytes
+    return {"beyond": beyond, "seconds": time.perf_counter() - start}
 
 
-def peak_bytes(device: str) -> int:
+def measure_from_hidden(
+    method: str, n_rows: int, n_student: int, n_teacher: int, hidden: int, chunk: int, dtype: str, device: str
+) -> dict[str, float]:
+    """`{"bytes": …, "seconds": …}` of one step from last hidden states; chunk 0 makes whole logits."""
+    torch.manual_seed(0)
+    warm_up(method, device)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=getattr(torch, dtype), device=device).normal_()
+
+    def logits(hidden: Tensor, weight: Tensor) -> Logits:
+        head = OutputHead(weight)
+        return ChunkedLogits(hidden, head, len(weight), chunk) if chunk else head(hidden)
+
+    leaves = [tensor(n_rows, hidden).requires_grad_(), tensor(n_student, hidden).requires_grad_()]
+    teacher = tensor(n_rows, hidden), tensor(n_teacher, hidden)
+    before, start = peak_bytes(device, reset=True), time.perf_counter()
+    step(method, logits(*leaves), logits(*teacher), leaves)
+    return {"bytes": peak_bytes(device) - before, "seconds": time.perf_counter() - start}
+
+
+def peak_bytes(device: str, reset: bool = False) -> int:
     """The most memory that was in use at any time; since the last reset, on an accelerator."""
     if device == "cuda":
         torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure_in_new_process(method: str, **arguments) -> dict[str, float]:
-    """`measure(method, **arguments)` in a new process."""
-    code = "import json, sys; from tests.benchmarks.bench_memory import measure; "
-    code += "print(json.dumps(measure(**json.loads(sys.argv[1]))))"
+def measure_in_new_process(method: str, function: str = "measure", **arguments) -> dict[str, float]:
+    """`measure(method, **arguments)`, or `measure_from_hidden(…)`, in a new process."""
+    code = f"import json, sys; from tests.benchmarks.bench_memory import {function}; "
+    code += f"print(json.dumps({function}(**json.loads(sys.argv[1]))))"
     command = [sys.executable, "-c", code, json.dumps({"method": method, **arguments})]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if done.returncode:
@@ -134,26 +141,33 @@ def measure_in_new_process(method: str, **arguments) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512, help="response tokens (default: 512)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--logits_chunk", type=int, default=0, help="compare whole logits with so many rows at a time")
+    parser.add_argument("--hidden", type=int, default=896, help="with --logits_chunk (default: 896, as Qwen2-0.5B's)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' logits")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
+    common = {"n_rows": arguments.rows, "n_student": QWEN2, "dtype": arguments.dtype, "device": arguments.device}
     itemsize = getattr(torch, arguments.dtype).itemsize
     print(f"{arguments.rows} response tokens, {arguments.dtype}, {arguments.device}")
-    print("method  student's logits  teacher's logits  beyond  seconds")
-    for method, n_teacher in METHODS.items():
-        result = measure_in_new_process(
-            *(method,),
-            n_rows=arguments.rows,
-            n_student=QWEN2,
-            n_teacher=n_teacher,
-            dtype=arguments.dtype,
-            device=arguments.device,
-        )
-        student, teacher = (arguments.rows * v * itemsize / 1e6 for v in (QWEN2, n_teacher))
-        print(
-            f"{method:6}  {student:13.0f} MB  {teacher:13.0f} MB  {result['beyond']:6.1%}  {result['seconds']:7.2f}",
-            flush=True,
-        )
+    if arguments.logits_chunk:
+        print("method  whole logits  in chunks  less  seconds  seconds")
+    else:
+        print("method  student's logits  teacher's logits  beyond  seconds")
+    for method in arguments.methods:
+        sizes = {**common, "n_teacher": METHODS[method]}
+        if arguments.logits_chunk:
+            hidden = {"hidden": arguments.hidden, "function": "measure_from_hidden"}
+            whole, parts = (
+                measure_in_new_process(method, **sizes, **hidden, chunk=chunk) for chunk in (0, arguments.logits_chunk)
+            )
+            line = f"{whole['bytes'] / 1e9:9.2f} GB  {parts['bytes'] / 1e9:6.2f} GB  "
+            line += f"{whole['bytes'] / parts['bytes']:3.1f}x  {whole['seconds']:7.1f}  {parts['seconds']:7.1f}"
+        else:
+            result = measure_in_new_process(method, **sizes)
+            student, teacher = (arguments.rows * v * itemsize / 1e6 for v in (QWEN2, METHODS[method]))
+            line = f"{student:13.0f} MB  {teacher:13.0f} MB  {result['beyond']:6.1%}  {result['seconds']:7.2f}"
+        print(f"{method:6}  {line}", flush=True)
 
 
 if __name__ == "__main__":

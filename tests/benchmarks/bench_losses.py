@@ -1,0 +1,349 @@
+"""How long each method's loss takes, forward and backward from the logits, and what part of CDM's is not arithmetic.
+
+    CDM_REAL_DIR=… python -m tests.benchmarks.bench_losses [--pairs phi-3:qwen2 …] [--lengths 256 512 …] [--json FILE]
+
+Timed are `compute_loss` of the real trainers and the backward pass to the student's logits. The logits are given: the
+models' own time does not count. The responses are real ones (Dolly), joined to about the wanted number of student
+tokens in one example and tokenised by real tokenizers; the logits are random, with the real token the likeliest in most
+places. FKD and RKD have a teacher with the student's tokenizer, so of the student's width. The methods take turns, and
+every time is a median.
+
+    ratio        to FKD
+    KD alone     CDM's divergence with all its steps but without cross-entropy, to the forward KL alone
+    host         share of CDM's time in DTW, groups, pair search and copies between host and device
+    dtw          share of CDM's time in DTW alone
+    oracle       seconds of the slow oracle, CDM as its definition reads (tests/reference), up to --oracle_max tokens
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from get_vocab_mapper.token_forms import TokenForms
+from get_vocab_mapper.vocab_mapper import VocabMapper, build_em, build_mined, load_mapper
+from modeling import contextual_mapping, run_clm_distill_CDM
+from modeling.alignment import Groups, concatenate_groups
+from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.distillation_trainer import ResponseTrainer
+from modeling.divergences import kl_divergence
+from modeling.examples import Encoder, ResponseCollator, alpaca_prompt, prepare_example
+from modeling.run_clm_distill_CDM import CDMTrainer
+from modeling.run_clm_llms_fkd import FKDTrainer
+from modeling.run_clm_llms_rkd import RKDTrainer
+from modeling.run_clm_MinED import MinEDTrainer
+from modeling.run_clm_sft import SFTTrainer
+from modeling.run_clm_uld import ULDTrainer
+from tests.reference import cdm_oracle
+
+PAIRS = ("phi-3:qwen2", "llama-3:gemma-2", "llama-3:opt", "qwen2:opt")
+PADDED = {"qwen2": 151_936}  # columns of the family's head, where it has more than the tokenizer has tokens
+TRAINERS = {
+    "SFT": SFTTrainer,
+    "FKD": FKDTrainer,
+    "RKD": RKDTrainer,
+    "ULD": ULDTrainer,
+    "MinED": MinEDTrainer,
+    "CDM": CDMTrainer,
+}
+LEAST_REPEATS, MOST_SECONDS = 3, 60  # of a slow method: no more repeats than that many, once they took so long
+TEMPERATURE = {"FKD": 2.0, "RKD": 2.0, "MinED": 2.0, "ULD": 1.0, "CDM": 1.0}  # the defaults
+
+
+# ------------------------------------------------------------------------------------- trainers without their models
+
+
+def trainer_of(method: str, student: Tensor, teacher: Tensor, **settings) -> ResponseTrainer:
+    """The method's trainer, with logits in place of its models; `settings` are what its `__init__` would set.
+
+    `compute_loss(None, inputs)` gives the loss, a mean over the response tokens.
+    """
+
+    class GivenLogits(TRAINERS[method]):
+        def __init__(self):
+            vars(self).update(settings, kd_alpha=0.5, kd_temperature=TEMPERATURE.get(method))
+
+        def student_logits(self, model, inputs):
+            return student
+
+        def teacher_logits(self, inputs):
+            return teacher
+
+        def record(self, *args):
+            pass
+
+        def require_finite(self, *args):
+            pass
+
+        def per_token(self, inputs, num_items_in_batch, loss, **totals):
+            return loss / len(student)
+
+    return GivenLogits()
+
+
+def cdm_settings(
+    teacher_to_student: DirectionMap, student_to_teacher: DirectionMap, alignment: str = "dtw", topk: int = 100
+) -> dict:
+    return {
+        "teacher_to_student": teacher_to_student,
+        "student_to_teacher": student_to_teacher,
+        "topk": topk,
+        "alignment": alignment,
+        "same_tokenizer_teacher": None,
+    }
+
+
+def direction_maps(mapper: VocabMapper) -> tuple[DirectionMap, DirectionMap]:
+    return (
+        DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student)),
+        DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- real responses
+
+
+class Pair:
+    """Two real tokenizers, and batches of one example of about so many student tokens."""
+
+    def __init__(self, folder: Path, name: str, mappers: Path):
+        self.name = name
+        self.teacher_name, self.student_name = name.split(":")
+        self.teacher, self.student = (
+            Encoder(AutoTokenizer.from_pretrained(folder / "tokenizers" / side)) for side in name.split(":")
+        )
+        with (folder / "data/dolly/databricks-dolly-15k.jsonl").open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        self.text = "\n".join(row["response"] for row in rows[:1000])
+        self.mappers = mappers
+
+    def mapper(self, kind: str) -> VocabMapper:
+        """Built once, and then read from the folder of mappers."""
+        file = self.mappers / f"{self.teacher_name}-to-{self.student_name}.{kind}.safetensors"
+        if not file.exists():
+            build = {"em": build_em, "mined": build_mined}[kind]
+            build(self.teacher.forms, self.student.forms).save(file)
+        return load_mapper(file, self.teacher.forms, self.student.forms, threshold=0.3 if kind == "em" else 0.0)
+
+    def inputs(self, n_tokens: int, teacher: Encoder) -> dict:
+        ends = self.student.encode("", self.text[: 12 * n_tokens]).ends
+        text = self.text.encode()[: ends[n_tokens - 2]].decode("utf-8", "ignore")  # and EOS
+        row = {"row": 1, "prefix": alpaca_prompt("Tell me more."), "text": text}
+        example = prepare_example(row, [self.student, teacher], block_size=16 * n_tokens)
+        return ResponseCollator(self.student, teacher, edit_distances=True)([example])
+
+    def width(self, side: str) -> tuple[int, int]:
+        """Columns of the side's head, and how many of them are tokens."""
+        n_tokens = len(getattr(self, side).forms.forms)
+        return PADDED.get(getattr(self, f"{side}_name"), n_tokens), n_tokens
+
+
+def given_logits(labels: Tensor, width: tuple[int, int], seed: int, dtype: torch.dtype) -> Tensor:
+    """`[R, tokens]`, a view of a padded head: noise of deviation 2, and the labels higher by about 10."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.empty(len(labels), width[0], dtype=dtype).normal_(0, 2, generator=random)
+    boost = torch.empty(len(labels), 1, dtype=dtype).normal_(10, 3, generator=random)
+    return logits.scatter_add_(1, labels[:, None], boost)[:, : width[1]]
+
+
+# ------------------------------------------------------------------------------------------------------- the timing
+
+
+def seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+class HostTime:
+    """Measures how long CDM's calls of the functions below take, wherever they are called."""
+
+    PLACES = (
+        (run_clm_distill_CDM, "dtw_groups"),
+        (run_clm_distill_CDM, "concatenate_groups"),
+        (run_clm_distill_CDM, "alignment_counts"),
+        (contextual_mapping, "match_pairs"),
+        (Groups, "tensors"),
+    )
+
+    def __enter__(self) -> dict[str, float]:
+        self.spent = {name: 0.0 for _, name in self.PLACES}
+        self.patches = []
+        for place, name in self.PLACES:
+            patch = mock.patch.object(place, name, self.timed(getattr(place, name), name))
+            patch.start()
+            self.patches.append(patch)
+        return self.spent
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.spent[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    def __exit__(self, *_) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+
+def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods: list[str], alignment: str) -> dict:
+    inputs, same = pair.inputs(n_tokens, pair.teacher), pair.inputs(n_tokens, pair.student)
+    labels, teacher_labels = (SFTTrainer.response_labels(inputs, side) for side in ("", "teacher_"))
+    student = given_logits(labels, pair.width("student"), 0, dtype).requires_grad_()
+    teacher = given_logits(teacher_labels, pair.width("teacher"), 1, dtype)
+    same_teacher = given_logits(labels, pair.width("student"), 2, dtype)
+
+    settings: dict[str, dict] = {method: {} for method in methods}
+    if "CDM" in methods:
+        maps = direction_maps(pair.mapper("em"))
+        settings["CDM"] = cdm_settings(*maps, alignment)
+    if "MinED" in methods:
+        static = pair.mapper("mined").teacher_to_student
+        settings["MinED"] = {"teacher_to_student": torch.from_numpy(static).long()}
+    losses: dict[str, Callable[[], Tensor]] = {}
+    for method in methods:
+        teacher_logits, batch = (same_teacher, same) if method in ("FKD", "RKD") else (teacher, inputs)
+        trainer = trainer_of(method, student, teacher_logits, **settings[method])
+        losses[method] = functools.partial(trainer.compute_loss, None, batch)
+    if "CDM" in methods:  # the divergences without cross-entropy
+        align = trainer_of("CDM", student, teacher, **settings["CDM"]).align
+
+        def contextual_kd() -> Tensor:
+            groups = concatenate_groups(align(student, teacher, inputs["responses"]))
+            kd = contextual_kl(student, teacher, groups, *maps, topk=100).kd
+            return (kd * torch.from_numpy(groups.student_size)).sum()
+
+        losses["CDM, KD alone"] = contextual_kd
+        losses["FKD, KD alone"] = lambda: kl_divergence(same_teacher, student, 2.0).sum()
+
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    host: list[tuple[float, float]] = []
+    for repeat in range(repeats + 1):  # the first one warms up
+        for name, loss in losses.items():
+            if len(times[name]) >= LEAST_REPEATS and sum(times[name]) > MOST_SECONDS:
+                continue
+            with HostTime() as spent:
+                took = seconds(lambda loss=loss: torch.autograd.grad(loss(), student))
+            if repeat:
+                times[name].append(took)
+                if name == "CDM":
+                    host.append((sum(spent.values()) / took, spent["dtw_groups"] / took))
+    result = {
+        "pair": pair.name,
+        "student_tokens": len(labels),
+        "teacher_tokens": len(teacher_labels),
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+    }
+    if host:
+        result["host"], result["dtw"] = (statistics.median(share) for share in zip(*host))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the oracle
+
+
+def oracle_seconds(pair: Pair, n_tokens: int) -> float:
+    inputs, mapper = pair.inputs(n_tokens, pair.teacher), pair.mapper("em")
+    names = [distinct_texts(side.forms) for side in (pair.teacher, pair.student)]
+    tables = (
+        (mapper.teacher_to_student, mapper.similar_to_student),
+        (mapper.student_to_teacher, mapper.similar_to_teacher),
+    )
+    sides = []
+    for i, (prefix, side) in enumerate((("teacher_", "teacher"), ("", "student"))):
+        labels = SFTTrainer.response_labels(inputs, prefix)
+        static, table = tables[i]
+        own, other = names[i], names[1 - i]
+        sides.append(
+            cdm_oracle.Side(
+                vocabulary=own,
+                tokens=labels.tolist(),
+                logits=given_logits(labels, pair.width(side), i, torch.float32).double(),
+                match={own[v]: other[u] for v, u in enumerate(static) if u >= 0},
+                similar={
+                    own[v]: {
+                        other[table.indices[e]]: float(table.distances[e])
+                        for e in range(table.indptr[v], table.indptr[v + 1])
+                    }
+                    for v in range(len(own))
+                },
+            )
+        )
+    return seconds(lambda: cdm_oracle.cdm(*sides, 100, 1.0))
+
+
+def distinct_texts(forms: TokenForms) -> list[str]:
+    """The oracle tells tokens apart by their texts."""
+    seen: set[str] = set()
+    texts = []
+    for i, text in enumerate(forms.texts):
+        texts.append(f"{text}\0{i}" if text in seen else text)
+        seen.add(text)
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def row_of(result: dict, methods: list[str]) -> str:
+    times = result["seconds"]
+    cells = [f"{result['pair']:16}", f"{result['student_tokens']:6}", f"{result['teacher_tokens']:6}"]
+    for method in methods:
+        ratio = f" ({times[method] / times['FKD']:.2f})" if "FKD" in methods else ""
+        cells.append(f"{times[method]:7.3f}{ratio:>7}")
+    if "CDM" in methods:
+        cells.append(f"{times['CDM, KD alone'] / times['FKD, KD alone']:8.2f}")
+        cells += [f"{result['host']:6.1%}", f"{result['dtw']:6.1%}"]
+    cells.append(f"{result['oracle']:8.1f}" if result.get("oracle") else f"{'–':>8}")
+    return "  ".join(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), help="TEACHER:STUDENT, of CDM_REAL_DIR/tokenizers")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--methods", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--alignment", default="dtw", choices=["dtw", "byte"], help="CDM's")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' logits")
+    parser.add_argument("--repeats", type=int, default=7, help="times each is measured (default: 7)")
+    parser.add_argument("--oracle_max", type=int, default=128, help="student tokens up to which the oracle runs")
+    parser.add_argument("--mappers", type=Path, default=Path("outputs/benchmark_mappers"), help="they are kept there")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    if "CDM_REAL_DIR" not in os.environ:
+        sys.exit("Set CDM_REAL_DIR to a folder with tokenizers/ and data/.")
+    arguments.mappers.mkdir(parents=True, exist_ok=True)
+    methods = arguments.methods
+    print(f"{torch.get_num_threads()} threads, {arguments.dtype}; seconds (ratio to FKD)")
+    headers = [f"{'pair':16}", "tokens", " teach", *(f"{method:>14}" for method in methods)]
+    headers += ["KD alone", "  host", "   dtw"] if "CDM" in methods else []
+    print("  ".join([*headers, "  oracle"]))
+    results = []
+    for name in arguments.pairs:
+        pair = Pair(Path(os.environ["CDM_REAL_DIR"]), name, arguments.mappers)
+        for n_tokens in arguments.lengths:
+            dtype = getattr(torch, arguments.dtype)
+            result = measure(pair, n_tokens, arguments.repeats, dtype, methods, arguments.alignment)
+            if n_tokens <= arguments.oracle_max:
+                result["oracle"] = oracle_seconds(pair, n_tokens)
+            print(row_of(result, methods), flush=True)
+            results.append(result)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
