@@ -40,40 +40,48 @@ def load_real(name: str):
     return _load(real_dir() / "tokenizers" / name)
 
 
-def byte_level_bpe(texts=SAMPLE_TEXTS, vocab_size: int = 400) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: every byte is a token, nothing is added to a text, EOS pads."""
+def byte_level_bpe(
+    texts=SAMPLE_TEXTS, vocab_size: int = 400, all_bytes: bool = True, longest: int | None = None
+) -> PreTrainedTokenizerFast:
+    """GPT-2's kind: every byte is a token (or only those in the texts), nothing is added to a text, EOS pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if all_bytes else [],
         special_tokens=["<|endoftext|>"],
+        max_token_length=longest,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _wrap(tokenizer, "zoo/byte-level-bpe", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
-def sentencepiece_bpe(texts=SAMPLE_TEXTS, vocab_size: int = 600) -> PreTrainedTokenizerFast:
+def sentencepiece_bpe(
+    texts=SAMPLE_TEXTS, vocab_size: int = 600, byte_fallback: bool = True, longest: int | None = None
+) -> PreTrainedTokenizerFast:
     """Llama-2's kind: `▁` for a space, a dummy prefix space, byte fallback, BOS in front of a text."""
+    byte_tokens = _byte_tokens() if byte_fallback else []
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 259, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 3 - len(byte_tokens), max_token_length=longest, show_progress=False
+    )
     trained.train_from_iterator(texts, trainer)
     model = json.loads(trained.to_str())["model"]
-    tokens = ["<unk>", "<s>", "</s>", *_byte_tokens(), *sorted(model["vocab"], key=model["vocab"].get)]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *sorted(model["vocab"], key=model["vocab"].get)]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: token_id for token_id, token in enumerate(tokens)},
             merges=[tuple(pair) for pair in model["merges"]],
             unk_token="<unk>",
             fuse_unk=True,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
         )
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = _sentencepiece_decoder()
+    tokenizer.decoder = _sentencepiece_decoder(byte_fallback)
     _put_in_front(tokenizer, "<s>", 1)
     return _wrap(
         tokenizer,
@@ -85,14 +93,18 @@ def sentencepiece_bpe(texts=SAMPLE_TEXTS, vocab_size: int = 600) -> PreTrainedTo
     )
 
 
-def unigram(texts=SAMPLE_TEXTS, vocab_size: int = 500) -> PreTrainedTokenizerFast:
-    """SentencePiece's other model, with byte fallback; nothing is added to a text."""
+def unigram(
+    texts=SAMPLE_TEXTS, vocab_size: int = 500, byte_fallback: bool = True, longest: int = 16
+) -> PreTrainedTokenizerFast:
+    """SentencePiece's other model, with byte fallback; a dummy space and nothing else is added to a text."""
+    byte_tokens = _byte_tokens() if byte_fallback else []
     trained = Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size - 259,
+        vocab_size=vocab_size - 3 - len(byte_tokens),
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",
+        max_piece_length=longest,
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
@@ -100,11 +112,11 @@ def unigram(texts=SAMPLE_TEXTS, vocab_size: int = 500) -> PreTrainedTokenizerFas
     lowest = min(score for _, score in pieces) - 10.0
     tokenizer = Tokenizer(
         models.Unigram(
-            [*pieces, *((token, lowest) for token in _byte_tokens())], unk_id=2, byte_fallback=True
+            [*pieces, *((token, lowest) for token in byte_tokens)], unk_id=2, byte_fallback=byte_fallback
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = _sentencepiece_decoder()
+    tokenizer.decoder = _sentencepiece_decoder(byte_fallback)
     return _wrap(tokenizer, "zoo/unigram", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
@@ -148,14 +160,10 @@ def _byte_tokens() -> list[str]:
     return [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def _sentencepiece_decoder():
+def _sentencepiece_decoder(byte_fallback: bool):
+    bytes_back = [decoders.ByteFallback()] if byte_fallback else []
     return decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
+        [decoders.Replace("▁", " "), *bytes_back, decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
     )
 
 
