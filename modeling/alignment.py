@@ -22,7 +22,6 @@ LEAST_LOGIT = -1e3  # below the largest; e to its power is 0 even in float64, an
 UNREACHABLE = 2**62  # above every path's cost, with room to add one more cost in int64
 
 
-@torch.no_grad()
 def entropy(logits: Logits) -> Tensor:
     """Entropy of softmax(logits) of every row, without a float32 copy of all logits (CDM, step 1).
 
@@ -32,14 +31,23 @@ def entropy(logits: Logits) -> Tensor:
     Returns:
         float32 `[R]`, in nats.
     """
-    result = logits.new_empty(len(logits), dtype=float_dtype(logits))
+    return entropy_and_logsumexp(logits)[0]
+
+
+@torch.no_grad()
+def entropy_and_logsumexp(logits: Logits) -> tuple[Tensor, Tensor]:
+    """`entropy(logits)` and, of the same pass, ln Σ exp(logits) of every row, both float32 `[R]`."""
+    entropy, logsumexp = logits.new_empty(2, len(logits), dtype=float_dtype(logits))
     for at, (z, exp) in chunks_with_buffers(logits, 2):
-        # ln Σ eᶻ − Σ z eᶻ / Σ eᶻ, with z shifted to a maximum of 0: fewer passes than −Σ p ln p.
+        # H = ln Σ eᶻ − Σ z eᶻ / Σ eᶻ, with z shifted to a maximum of 0: fewer passes than −Σ p ln p.
         z.copy_(logits[at])
-        z.sub_(z.amax(-1, keepdim=True)).clamp_(min=LEAST_LOGIT)
+        largest = z.amax(-1, keepdim=True)
+        z.sub_(largest).clamp_(min=LEAST_LOGIT)
         total = torch.exp(z, out=exp).sum(-1)
-        result[at] = total.log() - torch.linalg.vecdot(exp, z) / total
-    return result
+        log_total = total.log()
+        entropy[at] = log_total - torch.linalg.vecdot(exp, z) / total
+        logsumexp[at] = log_total + largest.squeeze(1)
+    return entropy, logsumexp
 
 
 @torch.no_grad()

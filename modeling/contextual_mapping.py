@@ -74,6 +74,7 @@ def contextual_kl(
     topk: int = 100,
     temperature: float = 1.0,
     labels: Tensor | None = None,
+    student_logsumexp: Tensor | None = None,
 ) -> ContextualKL:
     """Divergence between teacher and student over the tokens that map to each other in context.
 
@@ -95,6 +96,7 @@ def contextual_kl(
         temperature: τ > 0.
         labels: int64 `[R_S]`, the student's response tokens, for their cross-entropy, which then shares one gradient
             with the divergence.
+        student_logsumexp: float32 `[R_S]` of the student's logits, where it is known: spares the cross-entropy a pass.
 
     Raises:
         ValueError: a map's length is not its side's vocabulary, or the groups do not cover the logits.
@@ -132,7 +134,7 @@ def contextual_kl(
         ce, student = None, gather_group_logits(student_logits, student_group, student_size, student_columns)
     else:
         token_columns = student_columns.clamp(min=0)[student_group]
-        ce, token_logits = cross_entropy_and_columns(student_logits, labels, token_columns)
+        ce, token_logits = cross_entropy_and_columns(student_logits, labels, token_columns, student_logsumexp)
         student = group_means(token_logits, student_group, student_size)
 
     forward = restricted_kl(teacher[:, :k], student[:, :k], found_students, temperature)
@@ -191,36 +193,32 @@ def group_topk(logits: Logits, sizes: np.ndarray, k: int, with_logsumexp: bool =
     values = logits.new_empty(len(sizes), k, dtype=dtype)
     ids = logits.new_empty(len(sizes), k, dtype=torch.int64)
     logsumexp = logits.new_empty(len(sizes), dtype=dtype) if with_logsumexp else None
-    for at, rows in _mean_rows(logits, sizes):
+    for at, rows in _mean_rows(logits, sizes, own=with_logsumexp):
         values[at], ids[at] = _ordered_topk(rows, k)
         if with_logsumexp:
             logsumexp[at] = logsumexp_(rows)
     return GroupTopK(values, ids, logsumexp)
 
 
-def _mean_rows(logits: Logits, sizes: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a few groups and their float32 mean logits, `[groups, V]`, at a time, in memory that may be overwritten."""
-    ends = np.cumsum(sizes)
-    is_first = np.zeros(len(logits), dtype=bool)
-    is_first[ends - sizes] = True
-    others = np.flatnonzero(~is_first)  # the second and later tokens of groups
-    groups_of_others = np.searchsorted(ends, others, side="right")
-    first_rows, sizes_there = torch.from_numpy(np.stack([ends - sizes, sizes])).to(logits.device)
-    other_rows, other_groups = torch.from_numpy(np.stack([others, groups_of_others])).to(logits.device)
+def _mean_rows(logits: Logits, sizes: np.ndarray, own: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a few groups and their float32 mean logits, `[groups, V]`, at a time.
 
+    With `own`, in memory that may be overwritten; otherwise a view of the logits where no mean is needed.
+    """
+    ends = np.cumsum(sizes)
+    group = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(logits.device)
+    sizes_there = torch.from_numpy(sizes).to(logits.device)
     for at, (means,) in chunks_with_buffers(logits, 1, n_rows=len(sizes)):
-        if isinstance(logits, Tensor) and logits.dtype == means.dtype:
-            torch.index_select(logits, 0, first_rows[at], out=means)
-        else:
-            means.copy_(logits[first_rows[at]])
-        first_other, last_other = np.searchsorted(groups_of_others, (at.start, at.stop))
-        # In pieces as well: one group may hold a whole response.
-        for start in range(first_other, last_other, len(means)):
-            piece = slice(start, min(start + len(means), last_other))
-            means.index_add_(0, other_groups[piece] - at.start, as_float(logits[other_rows[piece]]))
-        if first_other < last_other:
-            means.div_(sizes_there[at, None])
-        yield at, means
+        first, stop = ends[at.start] - sizes[at.start], ends[at.stop - 1]
+        if stop - first == len(means):
+            rows = logits[first:stop]
+            yield at, means.copy_(rows) if own or rows.dtype != means.dtype else rows
+            continue
+        means.zero_()
+        for start in range(first, stop, len(means)):  # one group may hold a whole response
+            piece = slice(start, min(start + len(means), stop))
+            means.index_add_(0, group[piece] - at.start, as_float(logits[piece]))
+        yield at, means.div_(sizes_there[at, None])
 
 
 def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -230,15 +228,25 @@ def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     vocabulary = rows.shape[1]
     values, ids = _topk(rows, min(k + 1, vocabulary))
-    if k < vocabulary and _may_be_equal(values[:, k - 1], values[:, k]):
-        last = values[:, k - 1 : k]
-        low_ids_first = torch.arange(vocabulary, 0, -1, dtype=torch.int32, device=rows.device)
-        tied_ids = ((rows == last) * low_ids_first).topk(k).indices
-        place_among_tied = torch.arange(k, device=rows.device) - (values[:, :k] > last).sum(1, keepdim=True)
-        ids = torch.where(place_among_tied < 0, ids[:, :k], tied_ids.gather(1, place_among_tied.clamp(min=0)))
+    if k < vocabulary:
+        tied = values[:, k - 1] == values[:, k]
+        if rows.device.type != "cpu":  # looking which ones are would wait for the device
+            ids = _lowest_of_tied(rows, values, ids, k)
+        elif tied.any():
+            ids[tied] = _lowest_of_tied(rows[tied], values[tied], ids[tied], k)
     ids = ids[:, :k].sort(dim=1).values
     values, order = rows.gather(1, ids).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, order)
+
+
+def _lowest_of_tied(rows: Tensor, values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """`ids`, those of the k + 1 largest `values`, with the lowest ids of all that equal the k-th in these places."""
+    last = values[:, k - 1 : k]
+    low_ids_first = torch.arange(rows.shape[1], 0, -1, dtype=torch.int32, device=rows.device)
+    tied_ids = ((rows == last) * low_ids_first).topk(k).indices
+    place_among_tied = torch.arange(k + 1, device=rows.device) - (values > last).sum(1, keepdim=True)
+    places = place_among_tied.clamp(min=0, max=k - 1)
+    return torch.where(place_among_tied < 0, ids, tied_ids.gather(1, places))
 
 
 def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -254,11 +262,6 @@ def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = torch.cat([ids, rest], dim=1)
     values, order = rows.gather(1, ids).topk(k)
     return values, ids.gather(1, order)
-
-
-def _may_be_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether any entries are equal; True without looking where looking would wait for an accelerator."""
-    return a.device.type != "cpu" or bool((a == b).any())
 
 
 def match_pairs(

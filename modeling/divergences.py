@@ -108,7 +108,9 @@ def cross_entropy(logits: Logits, labels: Tensor) -> Tensor:
     )
 
 
-def cross_entropy_and_columns(logits: Logits, labels: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_and_columns(
+    logits: Logits, labels: Tensor, columns: Tensor, logsumexp: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every row, and its logits at some columns, which share one gradient.
 
     A loss that reads a few columns of each row adds next to nothing to the gradient of the cross-entropy: here it is
@@ -118,6 +120,7 @@ def cross_entropy_and_columns(logits: Logits, labels: Tensor, columns: Tensor) -
         logits: `[R, V]`.
         labels: int64 `[R]`, as in `cross_entropy`.
         columns: int64 `[R, c]`, each in `0 … V − 1`; a column may stand there more than once.
+        logsumexp: float32 `[R]`, where it is known: spares a pass.
 
     Returns:
         float32 `[R]`, in nats, and float32 `[R, c]`.
@@ -125,7 +128,7 @@ def cross_entropy_and_columns(logits: Logits, labels: Tensor, columns: Tensor) -
     if isinstance(logits, ChunkedLogits):
         both = logits.map_rows(_cross_entropy_and_column_rows, labels, columns)
         return both[:, 0], both[:, 1:]
-    return _CrossEntropyAndColumns.apply(logits, labels, columns)
+    return _CrossEntropyAndColumns.apply(logits, labels, columns, logsumexp)
 
 
 def _cross_entropy_and_column_rows(rows: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
@@ -136,10 +139,11 @@ def _cross_entropy_and_column_rows(rows: Tensor, labels: Tensor, columns: Tensor
 
 class _CrossEntropyAndColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, columns):
-        logsumexp = logits.new_empty(len(logits), dtype=float_dtype(logits))
-        for at, (rows,) in chunks_with_buffers(logits, 1):
-            logsumexp[at] = logsumexp_(rows.copy_(logits[at]))
+    def forward(ctx, logits, labels, columns, logsumexp):
+        if logsumexp is None:
+            logsumexp = logits.new_empty(len(logits), dtype=float_dtype(logits))
+            for at, (rows,) in chunks_with_buffers(logits, 1):
+                logsumexp[at] = logsumexp_(rows.copy_(logits[at]))
         ctx.save_for_backward(logits, labels, columns, logsumexp)
         return logsumexp - as_float(logits.gather(1, labels[:, None])).squeeze(1), as_float(logits.gather(1, columns))
 
@@ -149,11 +153,16 @@ class _CrossEntropyAndColumns(torch.autograd.Function):
         logits, labels, columns, logsumexp = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for at, (rows,) in chunks_with_buffers(logits, 1):
+            in_place = gradient.dtype == rows.dtype
+            if in_place:
+                rows = gradient[at]
             # ∂CE/∂z = softmax(z) − one-hot
-            rows.copy_(logits[at]).sub_(logsumexp[at, None]).exp_().mul_(grad_ce[at, None])
+            torch.sub(logits[at], logsumexp[at, None], out=rows).exp_().mul_(grad_ce[at, None])
             rows.scatter_add_(1, labels[at, None], -grad_ce[at, None])
-            gradient[at] = rows.scatter_add_(1, columns[at], grad_columns[at])
-        return gradient, None, None
+            rows.scatter_add_(1, columns[at], grad_columns[at])
+            if not in_place:
+                gradient[at] = rows
+        return gradient, None, None, None
 
 
 def cross_entropy_and(

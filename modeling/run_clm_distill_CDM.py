@@ -33,6 +33,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from get_vocab_mapper.vocab_mapper import VocabMapper, load_mapper
 from modeling.alignment import (
@@ -41,6 +42,7 @@ from modeling.alignment import (
     concatenate_groups,
     dtw_groups,
     entropy,
+    entropy_and_logsumexp,
     entropy_weights,
 )
 from modeling.arguments import (
@@ -144,7 +146,7 @@ class CDMTrainer(DistillationTrainer):
         teacher = self.teacher_logits(inputs)  # z^T [R_T, V_T]
         responses = [response for response in inputs["responses"] if len(response.ends)]
 
-        aligned = self.align(student, teacher, responses)  # steps 1 to 3
+        aligned, logsumexp = self.align(student, teacher, responses)  # steps 1 to 3
         groups = concatenate_groups(aligned)
         cdm = contextual_kl(  # steps 4 and 5
             student,
@@ -155,6 +157,7 @@ class CDMTrainer(DistillationTrainer):
             self.topk,
             self.kd_temperature,
             self.response_labels(inputs),
+            logsumexp,
         )
         kd = cdm.kd * torch.from_numpy(groups.student_size).to(cdm.kd.device)  # [G]: KD_g counts |J_g| tokens
         parts = {}
@@ -171,19 +174,26 @@ class CDMTrainer(DistillationTrainer):
             self.record(name, count, len(student))
         return self.step_loss(inputs, cdm.ce, kd, num_items_in_batch, **parts)
 
-    def align(self, student: Logits, teacher: Logits, responses: list[Response]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`(teacher_group, student_group)` of each response."""
+    def align(
+        self, student: Logits, teacher: Logits, responses: list[Response]
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], Tensor | None]:
+        """`(teacher_group, student_group)` of each response; and ln Σ exp of each row of the student's, if at hand."""
         if self.alignment == "byte":
-            return [byte_groups(r.teacher_ends, r.ends) for r in responses]
+            return [byte_groups(r.teacher_ends, r.ends) for r in responses], None
         teacher_lengths, student_lengths = [len(r.teacher_ends) for r in responses], [len(r.ends) for r in responses]
+        student_entropy, logsumexp = entropy_and_logsumexp(student)
         weights = torch.cat(
-            [entropy_weights(entropy(teacher), teacher_lengths), entropy_weights(entropy(student), student_lengths)]
+            [
+                entropy_weights(entropy(teacher), teacher_lengths),
+                entropy_weights(student_entropy, student_lengths),
+            ]
         ).cpu()  # one copy to the host for both sides
         weights = [part.numpy() for part in weights.split(teacher_lengths + student_lengths)]
-        return [
+        groups = [
             dtw_groups(r.distance, r.teacher_index, r.student_index, teacher_weights, student_weights)
             for r, teacher_weights, student_weights in zip(responses, weights, weights[len(responses) :])
         ]
+        return groups, logsumexp
 
 
 @one_message

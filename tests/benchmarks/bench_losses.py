@@ -222,7 +222,7 @@ def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods
         align = trainer_of("CDM", student, teacher, **settings["CDM"]).align
 
         def contextual_kd() -> Tensor:
-            groups = concatenate_groups(align(student, teacher, inputs["responses"]))
+            groups = concatenate_groups(align(student, teacher, inputs["responses"])[0])
             kd = contextual_kl(student, teacher, groups, *maps, topk=100).kd
             return (kd * torch.from_numpy(groups.student_size)).sum()
 

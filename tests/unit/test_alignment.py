@@ -15,6 +15,7 @@ from modeling.alignment import (
     concatenate_groups,
     dtw_groups,
     entropy,
+    entropy_and_logsumexp,
     entropy_weights,
     group_sizes,
     one_to_one_tokens,
@@ -56,6 +57,13 @@ class TestEntropy:
         # uniform over 4: ln 4; (3/4, 1/4): 3/4 ln(4/3) + 1/4 ln 4 = 0.562335; one certain token: 0
         logits = torch.tensor([[7.0, 7, 7, 7], [np.log(3), 0, -200, -200], [300, 0, 0, 0]])
         assert entropy(logits).tolist() == pytest.approx([np.log(4), 0.562335, 0.0], abs=1e-6)
+
+    def test_logsumexp_of_the_same_pass(self):
+        logits = torch.tensor([[0.0, 0.0, np.log(2)], [-torch.inf, 300.0, -torch.inf]])
+        for dtype in (torch.float32, torch.float64):
+            _, logsumexp = entropy_and_logsumexp(logits.to(dtype))
+            assert logsumexp.dtype == dtype
+            assert logsumexp.tolist() == pytest.approx([np.log(4), 300.0], rel=1e-6)
 
     def test_a_logit_of_minus_infinity_is_a_probability_of_zero(self):
         logits = torch.tensor([[0.0, -torch.inf, 0.0], [1.0, -torch.inf, -torch.inf]])
