@@ -50,6 +50,9 @@ TEXT = (
 )
 
 
+PATIENCE = 300_000  # milliseconds: a machine may be busy with other tests
+
+
 @pytest.fixture(scope="module")
 def browser():
     path = os.environ.get("CDM_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -57,7 +60,7 @@ def browser():
         missing = f"none of {', '.join(BROWSERS)} is there: apt-get install chromium, or name one in CDM_CHROMIUM"
         (pytest.fail if os.environ.get("CDM_REQUIRE_BROWSER") == "1" else pytest.skip)(missing)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS.split(), timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -70,6 +73,7 @@ def make_page(path: Path, *arguments: object) -> Path:
 def opened(browser, path: Path, width: int = 1200, height: int = 760):
     """The page in a window of this size; `page.asked_for` collects what it loads, `page.said` what it complains of."""
     page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(PATIENCE)
     page.asked_for, page.said = [], []
     page.on("request", lambda request: page.asked_for.append(request.url))
     page.on("console", lambda message: page.said.append(message.text))
@@ -177,9 +181,7 @@ def truth(pair) -> SimpleNamespace:
     def covered(side: str, positions: list[int]) -> tuple[int, int]:
         return ends[side][positions[0]] - sizes[side][positions[0]], ends[side][positions[-1]]
 
-    same = {
-        name: [covered("teacher", i) == covered("student", j) for i, j in pairs] for name, pairs in groups.items()
-    }
+    same = {name: [covered("teacher", i) == covered("student", j) for i, j in pairs] for name, pairs in groups.items()}
     return SimpleNamespace(
         tokens=tokens, logits=logits, entropies=entropies, weights=weights, said=said, groups=groups, same=same,
         ends=ends, n_bytes=n_bytes, mapper=VocabMapper.load(pair.mapper),
