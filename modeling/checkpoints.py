@@ -161,6 +161,7 @@ def publish(source: Path, target: Path) -> None:
     At no moment does `target` hold a model that would load and is not this one or, whole, the one before: the old
     weights go first, the new ones come last, and of several files the index last.
     """
+    target.mkdir(parents=True, exist_ok=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*"):
         for path in target.glob(pattern):
             path.unlink()

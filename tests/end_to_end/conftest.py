@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.end_to_end.rig import dolly_file, run_script, tiny_llama
+from tests.end_to_end.rig import dolly_file, remove_shared_memory, run_script, tiny_llama
 from tests.unit.tokenizer_zoo import load_real
 
 
@@ -20,6 +20,12 @@ def make_pair(folder: Path, teacher: tuple[str, int], student: tuple[str, int]) 
         *("--teacher", str(paths["teacher"]), "--student", str(paths["student"]), "--output", str(mapper)),
     )
     return SimpleNamespace(**paths, mapper=mapper)
+
+
+@pytest.fixture(autouse=True)
+def no_shared_memory_left():
+    yield
+    remove_shared_memory()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling.arguments import DistillationArguments, StudentArguments, TrainingArguments
@@ -291,7 +291,7 @@ def test_merged_model_and_adapter_give_the_same_logits(lora, phi_smollm):
 
 
 def test_a_stopped_run_goes_on_from_the_last_complete_checkpoint(lora):
-    assert f"{lora.adapter / 'checkpoint-8'} is incomplete" in lora.said
+    assert f"{lora.adapter / 'checkpoint-8'} is passed over: it has no trainer_state.json" in lora.said
     assert f"Going on from {lora.adapter / 'checkpoint-4'}" in lora.said
     expected, got = steps(lora.merged), steps(lora.adapter)
     assert [entry["step"] for entry in got] == list(range(1, 9))
@@ -325,6 +325,8 @@ def test_the_last_complete_checkpoint(tmp_path):
     state = json.dumps({"global_step": 1, "log_history": []})
     for step in (4, 8, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"weight": torch.zeros(1)}, tmp_path / f"checkpoint-{step}/model.safetensors")
+        torch.save({}, tmp_path / f"checkpoint-{step}/optimizer.pt")
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-16").mkdir()  # stopped before the state was written
     (tmp_path / "checkpoint-12/trainer_state.json").write_text(state[: len(state) // 2])  # and while it was
