@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from modeling.output_head import OutputHead
-
-Head = Callable[[Tensor], Tensor]
+from modeling.output_head import Head, OutputHead
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,22 @@ class ChunkedLogits:
             `[R, …]`, differentiable (once) with respect to the hidden states and the head's weights.
         """
         if not isinstance(self.head, OutputHead):
-            return _in_chunks(self, lambda at: row_function(self[at], *(other[at] for other in others)))
+            return in_chunks(len(self), self.chunk, lambda at: row_function(self[at], *(other[at] for other in others)))
         return _MapRows.apply(self, row_function, others, self.hidden, self.head.weight, self.head.bias)
 
 
-def _in_chunks(logits: ChunkedLogits, values: Callable[[slice], Tensor]) -> Tensor:
-    """The values of each chunk of rows, written into one tensor `[R, …]`."""
+def in_chunks(n_rows: int, chunk: int, values: Callable[[slice], Tensor]) -> Tensor:
+    """`[n_rows, …]`: the values `[r, …]` of each chunk of rows.
+
+    They are written into one tensor: small ones kept between the chunks would fragment the heap, which then grows by
+    every chunk.
+    """
     result = None
-    for start in range(0, max(len(logits), 1), logits.chunk):
-        at = slice(start, start + logits.chunk)
+    for start in range(0, max(n_rows, 1), chunk):
+        at = slice(start, start + chunk)
         rows = values(at)
         if result is None:
-            result = rows.new_empty(len(logits), *rows.shape[1:])
+            result = rows.new_empty(n_rows, *rows.shape[1:])
         result[at] = rows
     return result
 
@@ -98,8 +100,9 @@ class _MapRows(torch.autograd.Function):
         ctx.logits, ctx.row_function, ctx.others = logits, row_function, others
         ctx.dtype = _product_dtype(hidden, weight)
         head = _cast(logits.head.first(logits.n_tokens), ctx.dtype)
-        return _in_chunks(
-            logits, lambda at: row_function(head(hidden[at].to(ctx.dtype)), *(other[at] for other in others))
+        return in_chunks(
+            *(len(logits), logits.chunk),
+            lambda at: row_function(head(hidden[at].to(ctx.dtype)), *(other[at] for other in others)),
         )
 
     @staticmethod

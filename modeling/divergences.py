@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.chunked_logits import ChunkedLogits
+from modeling.chunked_logits import ChunkedLogits, in_chunks
 
 Logits = Tensor | ChunkedLogits
 
@@ -63,15 +63,7 @@ class _InRowChunks(torch.autograd.Function):
         ctx.row_function, ctx.chunk = row_function, chunk
         ctx.save_for_backward(*(tensor for tensor in tensors if isinstance(tensor, Tensor)))
         ctx.chunked = {i: logits for i, logits in enumerate(tensors) if isinstance(logits, ChunkedLogits)}
-        # Results are written into one tensor: small ones kept between the chunks would fragment the heap,
-        # which then grows by every chunk.
-        result = None
-        for start in range(0, max(len(tensors[0]), 1), chunk):
-            rows = row_function(*(tensor[start : start + chunk] for tensor in tensors))
-            if result is None:
-                result = rows.new_empty(len(tensors[0]), *rows.shape[1:])
-            result[start : start + chunk] = rows
-        return result
+        return in_chunks(len(tensors[0]), chunk, lambda at: row_function(*(tensor[at] for tensor in tensors)))
 
     @staticmethod
     @once_differentiable

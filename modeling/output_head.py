@@ -27,6 +27,8 @@ MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
+Head = Callable[[Tensor], Tensor]  # makes logits [r, V] of what stands for them, [r, D]
+
 
 @dataclass(frozen=True)
 class OutputHead:

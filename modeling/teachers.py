@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,12 +24,10 @@ from transformers import PreTrainedModel
 
 from modeling.errors import InputError
 from modeling.examples import ResponseCollator, example_key
-from modeling.output_head import OutputHead, input_device, last_hidden_states, logits_at
+from modeling.output_head import Head, OutputHead, input_device, last_hidden_states, logits_at
 from modeling.teacher_cache import PartWriter, SignalCache, kept
 
 logger = logging.getLogger(__name__)
-
-Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
