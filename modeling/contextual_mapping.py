@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from get_vocab_mapper.vocab_mapper import VocabMapper
 from modeling.alignment import Groups
 from modeling.divergences import (
     Logits,
@@ -45,6 +46,14 @@ class DirectionMap(NamedTuple):
     indptr: np.ndarray
     indices: np.ndarray
     distances: np.ndarray
+
+
+def direction_maps(mapper: VocabMapper) -> tuple[DirectionMap, DirectionMap]:
+    """A mapper's two directions: teacher to student, and student to teacher."""
+    return (
+        DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student)),
+        DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher)),
+    )
 
 
 @dataclass(frozen=True)

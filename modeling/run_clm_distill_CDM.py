@@ -53,7 +53,7 @@ from modeling.arguments import (
     check,
     parse_arguments,
 )
-from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.contextual_mapping import contextual_kl, direction_maps
 from modeling.distillation_trainer import DistillationTrainer
 from modeling.divergences import Logits, kl_divergence
 from modeling.errors import one_message, user_input
@@ -133,8 +133,7 @@ class CDMTrainer(DistillationTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.teacher_to_student = DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student))
-        self.student_to_teacher = DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher))
+        self.teacher_to_student, self.student_to_teacher = direction_maps(mapper)
         self.topk = topk
         self.kd_temperature = kd_temperature
         self.alignment = alignment

@@ -40,7 +40,7 @@ from modeling.alignment import (
     entropy_weights,
 )
 from modeling.arguments import StudentArguments
-from modeling.contextual_mapping import DirectionMap, contextual_kl, group_topk, match_pairs
+from modeling.contextual_mapping import contextual_kl, direction_maps, group_topk, match_pairs
 from modeling.divergences import cross_entropy
 from modeling.examples import Encoder, ResponseCollator, prefix_and_text, prepare_example, read_rows
 from modeling.experiment import longest_input
@@ -199,10 +199,7 @@ def mapping(
 
     Adds the ids that occur to `used`.
     """
-    maps = {
-        "teacher": DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student)),
-        "student": DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher)),
-    }
+    maps = dict(zip(SIDES, direction_maps(mapper)))
     exact = dict(zip(SIDES, exact_matches(*forms)))
     k = min(topk, *(z.shape[1] for z in logits.values()))
     sizes = {"teacher": groups.teacher_size, "student": groups.student_size}

@@ -29,9 +29,8 @@ from transformers import AutoTokenizer
 
 from modeling.alignment import dtw_groups
 from modeling.examples import Encoder, Response, ResponseCollator, alpaca_prompt, prepare_example, token_distances
+from tests.benchmarks import PAIRS
 from tests.reference import cdm_oracle
-
-PAIRS = ("phi-3:qwen2", "llama-3:gemma-2", "llama-3:opt", "qwen2:opt")
 
 
 def joined_responses(file: Path, student: Encoder, n_tokens: int, count: int) -> list[str]:

@@ -34,7 +34,7 @@ from get_vocab_mapper.token_forms import TokenForms
 from get_vocab_mapper.vocab_mapper import VocabMapper, build_em, build_mined, load_mapper
 from modeling import contextual_mapping, run_clm_distill_CDM
 from modeling.alignment import Groups, concatenate_groups
-from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.contextual_mapping import DirectionMap, contextual_kl, direction_maps
 from modeling.distillation_trainer import ResponseTrainer
 from modeling.divergences import kl_divergence
 from modeling.examples import Encoder, ResponseCollator, alpaca_prompt, prepare_example
@@ -44,9 +44,9 @@ from modeling.run_clm_llms_rkd import RKDTrainer
 from modeling.run_clm_MinED import MinEDTrainer
 from modeling.run_clm_sft import SFTTrainer
 from modeling.run_clm_uld import ULDTrainer
+from tests.benchmarks import PAIRS
 from tests.reference import cdm_oracle
 
-PAIRS = ("phi-3:qwen2", "llama-3:gemma-2", "llama-3:opt", "qwen2:opt")
 PADDED = {"qwen2": 151_936}  # columns of the family's head, where it has more than the tokenizer has tokens
 TRAINERS = {
     "SFT": SFTTrainer,
@@ -101,13 +101,6 @@ def cdm_settings(
         "alignment": alignment,
         "same_tokenizer_teacher": None,
     }
-
-
-def direction_maps(mapper: VocabMapper) -> tuple[DirectionMap, DirectionMap]:
-    return (
-        DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student)),
-        DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher)),
-    )
 
 
 # --------------------------------------------------------------------------------------------------- real responses

@@ -22,7 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-PAIRS = ("phi-3:qwen2", "llama-3:gemma-2", "llama-3:opt", "qwen2:opt")
+from tests.benchmarks import PAIRS
+
 KINDS = ("em", "mined", "prefixem")
 
 

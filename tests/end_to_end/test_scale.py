@@ -18,7 +18,7 @@ from get_vocab_mapper.token_forms import TokenForms
 from get_vocab_mapper.vocab_mapper import SimilarTokens, VocabMapper, build_em, load_mapper
 from modeling import run_clm_distill_CDM, run_clm_llms_fkd, run_clm_llms_rkd, run_clm_MinED, run_clm_uld
 from modeling.alignment import byte_groups, concatenate_groups
-from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.contextual_mapping import contextual_kl, direction_maps
 from modeling.examples import Encoder, read_rows
 from modeling.experiment import load_examples
 from tests.end_to_end.rig import ROOT, flags, in_a_fork, steps
@@ -185,11 +185,7 @@ def test_a_mapper_of_262144_tokens_and_a_loss_with_it(tmp_path):
     z_teacher, z_student = torch.randn(6, LARGE), torch.randn(6, LARGE, requires_grad=True)
     ends = np.arange(1, 7)
     groups = concatenate_groups([byte_groups(ends, ends)])
-    maps = [
-        DirectionMap(loaded.teacher_to_student, **vars(loaded.similar_to_student)),
-        DirectionMap(loaded.student_to_teacher, **vars(loaded.similar_to_teacher)),
-    ]
-    got = contextual_kl(z_student, z_teacher, groups, *maps, 100, 1.0)
+    got = contextual_kl(z_student, z_teacher, groups, *direction_maps(loaded), 100, 1.0)
     want = []
     for row in range(6):
         total = 0.0

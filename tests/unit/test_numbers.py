@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from get_vocab_mapper.vocab_mapper import build_em, build_mined
 from modeling import finite_check
@@ -36,6 +35,7 @@ from modeling.run_clm_MinED import MinEDTrainer
 from modeling.run_clm_sft import SFTTrainer
 from modeling.run_clm_uld import ULDTrainer
 from modeling.teacher_cache import TopKHead
+from tests.unit.test_baselines import small_model
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -198,19 +198,6 @@ def test_logits_that_are_all_equal(dtype):
 TRAINERS = [SFTTrainer, FKDTrainer, RKDTrainer, ULDTrainer, MinEDTrainer, CDMTrainer]
 SAME_TOKENIZER = (FKDTrainer, RKDTrainer)
 FIRST_ROW = 101  # of the data file
-
-
-def small_model(tokenizer, padding, seed):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + padding,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")

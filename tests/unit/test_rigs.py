@@ -28,7 +28,7 @@ from modeling.alignment import (
     entropy_weights,
     one_to_one_tokens,
 )
-from modeling.contextual_mapping import DirectionMap, contextual_kl
+from modeling.contextual_mapping import contextual_kl, direction_maps
 from modeling.examples import Encoder, ResponseCollator, encode_pair, prepare_example
 from tests.reference import cdm_oracle, vocab_mapper_oracle
 from tests.unit.random_tokenizers import texts, tokenizers, words
@@ -197,6 +197,7 @@ def distances(encoders, prepared: dict) -> list[list[int]]:
     sides = []
     for side in ("teacher_", ""):
         sides.append(prepared[f"{side}input_ids"][prepared[f"{side}response_start"] :].tolist())
+
     def distance(t: int, s: int) -> int:
         if t == teacher.eos_id and s == student.eos_id:
             return 0
@@ -416,8 +417,7 @@ def test_the_whole_loss(case, seed, topk, temperature, alignment, dtype, kind, t
         leaf,
         torch.cat([teacher for teacher, _ in logits]),
         concatenate_groups(groups),
-        DirectionMap(mapper.teacher_to_student, **vars(mapper.similar_to_student)),
-        DirectionMap(mapper.student_to_teacher, **vars(mapper.similar_to_teacher)),
+        *direction_maps(mapper),
         topk,
         temperature,
         torch.cat(labels) if with_labels else None,
