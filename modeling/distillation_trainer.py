@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from modeling.checkpoints import ignore_sigterm, saving
+from modeling.checkpoints import ignore_sigterm, resume_settings, saving, write_settings
 from modeling.chunked_logits import ChunkedLogits
 from modeling.divergences import Logits
 from modeling.errors import InputError
@@ -213,8 +213,10 @@ class ResponseTrainer(Trainer):
         """A checkpoint of this step. What an earlier run left under its name goes first: old and new never mix."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with saving(folder):
-            if self.args.should_save and folder.exists():
-                shutil.rmtree(folder)
+            if self.args.should_save:
+                if folder.exists():
+                    shutil.rmtree(folder)
+                write_settings(folder, resume_settings(self.model, self.args))
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
