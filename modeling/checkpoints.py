@@ -144,8 +144,8 @@ def resume_settings(model: nn.Module, args: TrainingArguments) -> dict[str, str]
         "deepspeed": "none",
     }
     if args.deepspeed:
-        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage")
-        settings["deepspeed"] = f"ZeRO-{stage} with {args.world_size} processes"
+        stage, ranks = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0), args.world_size
+        settings["deepspeed"] = f"ZeRO-{stage} on {ranks} rank{'s' * (ranks > 1)}"
     if adapter is not None:
         settings |= {
             "lora_rank": str(adapter.r),

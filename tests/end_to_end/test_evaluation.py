@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling.examples import alpaca_prompt
@@ -120,23 +119,6 @@ def test_greedy_is_that_of_transformers_and_dskd_repeats_no_6_gram(model, data, 
 
     assert any(repeats(text) for text in texts(tmp_path / "greedy.jsonl").values())
     assert not any(repeats(text) for text in texts(tmp_path / "dskd.jsonl").values())
-
-
-def test_an_adapter_folder_generates_as_its_merged_model(model, data, tmp_path):
-    torch.manual_seed(0)
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model),
-        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    for folder in ("adapter", "merged"):
-        adapted = adapted if folder == "adapter" else adapted.merge_and_unload()
-        adapted.save_pretrained(tmp_path / folder)
-        tokenizer.save_pretrained(tmp_path / folder)
-    common = flags(data=data / "vicuna/valid.jsonl", limit=3, max_length=64)
-    for name, folder in (("adapter", tmp_path / "adapter"), ("merged", tmp_path / "merged"), ("base", model)):
-        run_script(GENERATE, *common, *flags(model=folder, output=tmp_path / f"{name}.jsonl"))
-    assert texts(tmp_path / "adapter.jsonl") == texts(tmp_path / "merged.jsonl") != texts(tmp_path / "base.jsonl")
 
 
 # -------------------------------------------------------------------------------------------------------- instructions

@@ -309,9 +309,9 @@ def test_the_record_of_a_checkpoints_settings(bench, whole, tmp_path):
     """A checkpoint of DeepSpeed's is none of a plain run's; an old one has no record, and is resumed."""
     shutil.copytree(whole / "checkpoint-3", tmp_path / "out/checkpoint-3")
     record = tmp_path / "out/checkpoint-3/resume_settings.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"deepspeed": "ZeRO-2 with 2 processes"}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"deepspeed": "ZeRO-2 on 2 ranks"}))
     told = train(bench, tmp_path / "out")
-    assert told.status == 2 and "--deepspeed was ZeRO-2 with 2 processes when it was saved, and is none" in told.output
+    assert told.status == 2 and "--deepspeed was ZeRO-2 on 2 ranks when it was saved, and is none" in told.output
     record.unlink()
     trained(bench, tmp_path / "out")
     assert_same_run(tmp_path / "out", whole)
