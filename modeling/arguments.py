@@ -59,7 +59,10 @@ class StudentArguments:
     )
     use_lora: bool = field(
         default=False,
-        metadata={"help": "Train low-rank adapters (LoRA) beside the student's weights, which stay as they are."},
+        metadata={
+            "help": "Train low-rank adapters (LoRA) beside the student's weights, which stay as they are. Where "
+            "--model_name_or_path is an adapter, that one is trained further; otherwise it is merged into its model."
+        },
     )
     lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters. 1 or more."})
     lora_alpha: int = field(

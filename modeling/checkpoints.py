@@ -139,7 +139,7 @@ def resume_settings(model: nn.Module, args: TrainingArguments) -> dict[str, str]
     }
     settings = {
         "model_name_or_path": f"{type(unwrapped(model)).__name__} of {_described(own.items())}",
-        "use_lora": str(adapter is not None),
+        "use_lora": str(adapter is not None).lower(),
         "optim": str(getattr(args.optim, "value", args.optim)).removesuffix("_fused"),  # the same states
         "deepspeed": "none",
     }

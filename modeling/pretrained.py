@@ -110,12 +110,14 @@ def load_model(
 
     Raises InputError where weights are missing, or the tokenizer is longer than the embeddings of an adapter.
     """
+    what = f"--{flag} {path}"
     adapter = adapter_config(path, flag)
     if adapter is not None:
+        if merge and is_deepspeed_zero3_enabled():
+            raise InputError(f"{what} is an adapter, and is not merged under ZeRO-3. Train with ZeRO-2, or --use_lora.")
         model = load_model(adapter.base_model_name_or_path, flag, dtype, args, 0, **options)
-        model = _with_adapter(model, path, f"--{flag} {path}", adapter, n_tokens, merge, options.get("device_map"))
+        model = _with_adapter(model, path, what, adapter, n_tokens, merge, options.get("device_map"))
         return merged(model) if merge else model
-    what = f"--{flag} {path}"
     with _told(f"{what}: its weights cannot be loaded", path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
@@ -140,8 +142,6 @@ def load_model(
 def _with_adapter(
     model: PreTrainedModel, path: str, what: str, adapter: PeftConfig, n_tokens: int, merge: bool, device_map: object
 ) -> PeftModel:
-    if merge and is_deepspeed_zero3_enabled():
-        raise InputError(f"{what}: an adapter is not merged under ZeRO-3. Give --use_lora true, or train with ZeRO-2.")
     with _told(f"{what}: the weights of its adapter cannot be loaded", path):
         file = cached_file(path, SAFETENSORS_WEIGHTS_NAME)  # peft would read a pickle where this is not there
     n_adapted = _embeddings_beside(file, model)

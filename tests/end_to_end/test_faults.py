@@ -267,7 +267,7 @@ def resumed(bench, run, folder, **changes):
     ("lora", "changes", "flag"),
     [
         (False, {"optim": "adafactor"}, "--optim was adamw_torch when it was saved, and is adafactor"),
-        (False, {"use_lora": True}, "--use_lora was False"),
+        (False, {"use_lora": True}, "--use_lora was false"),
         (False, {"freeze_layers": 1}, "--freeze_layers"),
         (False, {"freeze_emb": True}, "--freeze_emb"),
         (False, {"model_name_or_path": "wider"}, "--model_name_or_path"),
@@ -275,7 +275,7 @@ def resumed(bench, run, folder, **changes):
         (True, {"use_lora": True, "lora_rank": 4}, "--lora_rank was 16 when it was saved, and is 4"),
         (True, {"use_lora": True, "lora_alpha": 4}, "--lora_alpha"),
         (True, {"use_lora": True, "lora_target_modules": "q_proj"}, "--lora_target_modules"),
-        (True, {}, "--use_lora was True"),
+        (True, {}, "--use_lora was true"),
     ],
 )
 def test_a_checkpoint_is_not_resumed_with_other_settings(bench, whole, adapted, tmp_path, lora, changes, flag):
