@@ -24,6 +24,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from modeling.errors import InputError, user_input
 from modeling.json_array import elements
 
 IGNORED = -100  # the label of a token that no loss reads, as everywhere in transformers
+BEFORE_SPACE = re.compile(r"\S*")
 
 
 # ------------------------------------------------------------------------------------------------ rows of a file
@@ -302,27 +304,29 @@ class Encoder:
         Token forms give this exactly wherever, joined, they are the text (or the text behind a SentencePiece dummy
         space). A byte that no token holds is dropped by a byte-level tokenizer, whose offsets are wrong from there on:
         it belongs to the token in front. Where the tokenizer's normaliser has changed the text, the tokenizer's
-        character offsets anchor the forms.
+        character offsets anchor the forms. One case is left inexact: neighbouring characters that the normaliser has
+        composed (decomposed Hangul under NFC) and a Unigram model writes with byte tokens, all of which it reports with
+        the offsets of the whole run.
         """
         if not len(ids):
             return np.zeros(0, dtype=np.int64)
         text = whole.encode("utf-8", "surrogatepass")
-        held = np.flatnonzero(~np.isin(bytearray(text), bytearray(self._dropped_bytes)))
         ends = np.cumsum(self.forms.lengths[ids], dtype=np.int64)
-        dummy = int(ends[-1]) - len(held)
-        if dummy in (0, 1):
-            joined = b"".join([self.forms.forms[i] for i in ids])
-            if joined[dummy:] == text.translate(None, self._dropped_bytes) and joined[:dummy] in (b"", b" "):
-                return np.append(held, len(text))[ends - dummy]
+        joined = b"".join([self.forms.forms[i] for i in ids])
+        for dropped in (b"", self._dropped_bytes):
+            kept = text.translate(None, dropped)
+            if joined in (kept, b" " + kept):
+                held = np.flatnonzero(~np.isin(bytearray(text), bytearray(dropped)))
+                return np.append(held, len(text))[ends - (len(joined) - len(kept))]
 
         byte_at = np.zeros(len(whole) + 1, dtype=np.int64)
         np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in whole], out=byte_at[1:])
         starts, stops = offsets[:, 0], offsets[:, 1].copy()
         # Between two tokens may lie characters that the normaliser dropped or merged: a combining mark belongs to the
-        # token in front of it, white space to the one behind it, as elsewhere.
+        # token in front of it, white space and all behind it to the next one (XLNet makes `"` of the `''` in "a ''b").
         following = np.append(starts[1:], len(whole))
         for i in np.flatnonzero(following > stops):
-            stops[i] += len(whole[stops[i] : following[i]].rstrip())
+            stops[i] = BEFORE_SPACE.match(whole, stops[i], following[i]).end()
         # A token that stops inside a character (the next one starts before its end) is placed by its own bytes,
         # counted from the last token that stopped between two characters, and within that character.
         between = following >= stops

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from modeling.errors import InputError
 from modeling.examples import (
@@ -215,6 +215,23 @@ def test_a_normaliser_that_changes_the_text(small, real):
     assert encoded.ends[-1] == 9 and 3 in encoded.ends and encoded.ends[-2] == 8
 
 
+def test_what_is_merged_or_dropped_behind_white_space_goes_with_it(small):
+    # As XLNet: two quotes become one, whose offsets are those of the second; white space is split off, and comes back.
+    xlnet = unigram(['a "b" a'] * 9, 300)
+    quotes = [normalizers.Replace(written, '"') for written in ("``", "''")]
+    splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    xlnet.backend_tokenizer.normalizer = normalizers.Sequence(quotes)
+    xlnet.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    encoded = Encoder(xlnet).encode("a", " ``b '' a")
+    tokens = xlnet.convert_ids_to_tokens(encoded.input_ids[encoded.response_start :])
+    assert tokens == ["▁", '"', "b", "▁", '"', "▁", "a", "</s>"]
+    assert encoded.ends[[1, 2, 4, 6, 7]].tolist() == [3, 4, 7, 9, 10]
+    assert 0 < encoded.ends[0] < 3 and 4 < encoded.ends[3] < 7 and 7 < encoded.ends[5] <= 9
+    # WordPiece drops control characters and white space.
+    encoded = small["wordpiece"].encode("a", " b\x00 \x00\xadc \x00")
+    assert encoded.ends.tolist() == [3, 8, 11]
+
+
 def test_a_byte_without_a_token_belongs_to_the_token_in_front(real):
     # This tokenizer knows the bytes of "ab" alone, drops others from a text, and counts its offsets without them.
     encoded = Encoder(byte_level_bpe(["ab"], 40, all_bytes=False)).encode("a", "éabxxab€")
@@ -222,6 +239,10 @@ def test_a_byte_without_a_token_belongs_to_the_token_in_front(real):
     # SmolLM2 has no token for the control character U+0014.
     encoded = real["smollm2"].encode("x:\n", "one\x14two\x14, three")
     assert encoded.ends.tolist() == [4, 8, 9, 15, 16]
+    # A byte that a special token alone holds is part of it where it stands.
+    tokenizer = wordpiece()
+    tokenizer.add_tokens(["A", AddedToken("0\f", special=True, normalized=True)])
+    assert Encoder(tokenizer).encode("", "A0\f").ends.tolist() == [1, 3, 4]
 
 
 def test_part_of_a_character_behind_white_space_that_no_token_holds():
