@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import build_em, build_mined
+from get_vocab_mapper.vocab_mapper import FORMAT_VERSION, build_em, build_mined
 from modeling import (
     run_clm_distill_CDM,
     run_clm_llms_fkd,
@@ -166,7 +166,7 @@ class TestMappers:
         path = tmp_path / "newer.safetensors"
         save_file({"a": torch.zeros(1)}, path, {"format": "cdm-vocab-mapper", "format_version": "99"})
         message = self.refuse(refused, method, path)
-        assert "has mapper format version '99', and this code reads 2. Update the code, or build it again" in message
+        assert f"version '99', and this code reads {FORMAT_VERSION}. Update the code, or build it again" in message
 
     def test_published_files(self, refused, method, tmp_path):
         path = tmp_path / "published.json"
