@@ -38,7 +38,7 @@ from rapidfuzz.process import cdist
 
 from get_vocab_mapper.token_forms import TokenForms, token_forms
 from modeling.errors import InputError, user_input
-from modeling.json_array import elements
+from modeling.json_array import elements, ends_too_early
 
 IGNORED = -100  # the label of a token that no loss reads, as everywhere in transformers
 
@@ -178,8 +178,7 @@ def _values_of_array(file: TextIO, path: Path) -> Iterator[tuple[int, object]]:
     try:
         yield from enumerate(elements(file), 1)
     except json.JSONDecodeError as error:
-        ends_there = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
-        remedy = "The file ends too early: copy it again" if ends_there else "Repair the array there"
+        remedy = "The file ends too early: copy it again" if ends_too_early(error) else "Repair the array there"
         raise InputError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). {remedy}."
         ) from None

@@ -289,7 +289,7 @@ def test_one_json_file(required, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"kd_alpha": 0.5,\n}', "line 2 is not valid JSON ("),
+        ('{"kd_alpha": 0.5,\n nothing}', "line 2 is not valid JSON ("),
         ("", "line 1 is not valid JSON ("),
         (b"\xff\xfe\xff", "it is not UTF-8"),
         ("[1]", "it must hold one JSON object of argument names and values"),

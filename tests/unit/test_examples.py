@@ -1,6 +1,7 @@
 """Rows, templates, tokenisation, cutting and batches, on small trained tokenizers and on the real ones."""
 
 import gzip
+import io
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from modeling.examples import (
     read_rows,
     token_distances,
 )
+from modeling.json_array import elements
 from tests.reference.cdm_oracle import levenshtein
 from tests.unit.tokenizer_zoo import (
     REAL_TOKENIZERS,
@@ -117,6 +119,8 @@ def test_read_rows_of_an_array_and_of_lines(tmp_path):
         (b'[{"prefix": "a", "text": "b"},\n]', "lines.jsonl, line [12]: not valid JSON .* Repair the array"),
         (b'[{"prefix": "a",\n "text": "b"}', "lines.jsonl, line 2: .* The file ends too early"),
         (b'[{"prefix": "a",\n "text": "b', "lines.jsonl, line 2: .* The file ends too early"),
+        (b'[{"prefix": "a",\n "text": "b\\', "lines.jsonl, line 2: .* The file ends too early"),
+        (b'[{"prefix": "a",\n "text" "b"}]', "lines.jsonl, line 2: not valid JSON .* Repair the array"),
         (b'{"prefix": "\xff", "text": "b"}', "lines.jsonl, byte 12: not UTF-8 \\(in line 1\\)"),
         (b"{}\n" * 9000 + b"\xe9", "lines.jsonl, byte 27000: not UTF-8 \\(in line 9001\\)"),
         (b"[" + b"{},\n" * 9000 + b'"\xe9"]', "lines.jsonl, byte 36002: not UTF-8 \\(in line 9001\\)"),
@@ -131,6 +135,19 @@ def test_a_bad_file_is_told_with_its_row(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("cause", ["as another Python says it", ""])
+def test_a_string_without_end_is_known_in_any_pythons_words(tmp_path, monkeypatch, cause):
+    """Cut off by a block's end, it is read on; by the file's end, that is told."""
+    described = json.JSONDecodeError.__init__
+    monkeypatch.setattr(json.JSONDecodeError, "__init__", lambda self, msg, *place: described(self, cause, *place))
+    text = '[{"prefix": "a", "text": "' + "long " * 20 + '"}]'
+    for block in (1, 40, 1000):
+        assert list(elements(io.StringIO(text), block)) == json.loads(text)
+    (tmp_path / "cut.json").write_text(text[:-4])
+    with pytest.raises(InputError, match="The file ends too early"):
+        list(read_rows(tmp_path / "cut.json"))
 
 
 def test_a_missing_file_is_told(tmp_path):
