@@ -95,7 +95,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Training examples: a JSON array or one JSON object a line, with prefix and text (or instruction, "
-            "input, output; or prompt, completion; or prompt, output). Needed by --do_train."
+            "input, output, system, history; or prompt, completion; or prompt, output). Needed by --do_train."
         },
     )
     validation_file: str | None = field(

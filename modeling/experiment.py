@@ -42,7 +42,7 @@ from modeling.teachers import LiveTeacher, StoredTeacher, Teacher, examples_of, 
 
 logger = logging.getLogger(__name__)
 
-PREPARATION_VERSION = "2"  # raise it when prepare_example gives other columns for the same row
+PREPARATION_VERSION = "3"  # raise it when a row of a file gives other columns of prepare_example
 
 
 def start(args: TrainingArguments, data_args: DataArguments) -> None:

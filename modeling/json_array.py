@@ -36,7 +36,7 @@ def elements(file: TextIO, block: int = BLOCK) -> Iterator[object]:
 
 
 def ends_too_early(error: json.JSONDecodeError) -> bool:
-    """Whether nothing is wrong with the document but that it ends. What the error says differs from Python to Python."""
+    """Whether nothing is wrong with the document but that it ends. (The error's words differ from Python to Python.)"""
     return _in_open_string(error) or not error.doc[error.pos :].strip()
 
 
