@@ -220,6 +220,21 @@ def test_every_script_ends_with_one_message(refused, method):
 
 
 @pytest.mark.parametrize("method", MAIN)
+def test_the_metrics_that_an_evaluation_gives_are_known_before_it(rig, refused, call, method, tmp_path):
+    best = {"do_eval": True, "validation_file": rig.train, "metric_for_best_model": "rougeL"}
+    if method == "CDM":
+        best["same_tokenizer_teacher_path"] = rig.same
+    message = refused(method, **best)
+    start = "--metric_for_best_model is 'rougeL': an evaluation gives "
+    known = message.removeprefix(start).removesuffix(". Give one of them.").split(", ")
+    assert message.startswith(start)
+    assert call(method, **{**best, "metric_for_best_model": "eval_ce_loss"}, do_train=None)[0] == 0
+    given = json.loads((tmp_path / "out/eval_results.json").read_text())
+    about_time = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+    assert {f"eval_{name}" for name in known} == {key for key in given if key.startswith("eval_")} - {*about_time}
+
+
+@pytest.mark.parametrize("method", MAIN)
 def test_examples_longer_than_a_model_reads(rig, refused, method):
     message = refused(method, block_size=CONTEXT + 1)
     assert message == (
