@@ -32,6 +32,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import is_liger_kernel_available
 
 from modeling.build_locks import clear_stale_locks
+from modeling.errors import first_line
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -313,7 +314,7 @@ class TrainingArguments(HfTrainingArguments):
                 # Some optimizers are made for a model, and ask for it.
                 if isinstance(error, ImportError) or "pass a" not in str(error):
                     settings = f" --optim_args {self.optim_args}" if self.optim_args else ""
-                    raise ValueError(f"--optim {self.optim.value}{settings}: {_first_line(error)}.") from None
+                    raise ValueError(f"--optim {self.optim.value}{settings}: {first_line(error)}.") from None
 
     def _check_schedule(self) -> None:
         """Makes the schedule of the learning rate on nothing: what is wrong with its settings shows now."""
@@ -334,7 +335,7 @@ class TrainingArguments(HfTrainingArguments):
                 for factor in getattr(schedule, "lr_lambdas", []):
                     factor(steps - 1)
             except (TypeError, ValueError, ArithmeticError) as error:
-                reason = _first_line(error)
+                reason = first_line(error)
         takes = f" The settings of {kind.value}: {', '.join(parameters)}." if parameters else ""
         if reason:
             raise ValueError(
@@ -403,11 +404,6 @@ class TrainingArguments(HfTrainingArguments):
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             check(value is None or 0 <= value < 2**32, name, value, "give a number from 0, and below 2**32")
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, as the end of a sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
 
 
 def _check_json(name: str, value: object) -> None:
@@ -594,7 +590,7 @@ def _check_hub(token: str | None) -> None:
         HfApi().whoami(token=token)
     except (OSError, httpx.HTTPError) as error:
         raise ValueError(
-            f"--push_to_hub is True: the hub cannot be written to ({_first_line(error)}). Where there is a network, "
+            f"--push_to_hub is True: the hub cannot be written to ({first_line(error)}). Where there is a network, "
             "log in with hf auth login, or give --hub_token; else leave the flag out, and push the trained folder "
             "later: hf upload NAME FOLDER."
         ) from None

@@ -4,6 +4,7 @@ Each script's own `main` runs in this process, on small models with small tokeni
 """
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -217,6 +218,34 @@ def test_every_script_ends_with_one_message(refused, method):
         *(temperature if method != "SFT" else []),
     ):
         assert refused(method, **changes).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "package"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "of tomorrow"}, "of tomorrow"),
+    ],
+)
+def test_quantised_weights_whose_package_is_not_installed(rig, refused, quantization, package, tmp_path):
+    quantized = tmp_path / "quantized"
+    shutil.copytree(rig.same, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    for method, flag in (("FKD", "teacher_path"), ("SFT", "model_name_or_path")):
+        message = refused(method, **{flag: quantized})
+        assert message.startswith(f"--{flag} {quantized}: its weights are quantised, and that cannot be read here: ")
+        assert package in message
+
+
+def test_an_attention_that_is_not_to_be_had(rig, refused, call):
+    for kind in ("flash_attention_2", "flash_attention_3", "slow_attention"):
+        message = refused("ULD", attn_implementation=kind)
+        assert message.startswith(f"--attn_implementation {kind}: --model_name_or_path {rig.student} cannot be run")
+    assert call("ULD", attn_implementation="eager", max_steps=1)[0] == 0
 
 
 @pytest.mark.parametrize("method", MAIN)

@@ -289,6 +289,15 @@ def no_weights(model, folder):
     copy_of(model, folder, "model.safetensors")
 
 
+def in_gguf(model, folder):
+    (copy_of(model, folder, "model.safetensors") / "model-q4_k_m.gguf").touch()
+
+
+def gguf_alone(model, folder):
+    folder.mkdir()
+    (folder / "model-q4_k_m.gguf").touch()
+
+
 def no_config(model, folder):
     copy_of(model, folder, "config.json")
 
@@ -365,6 +374,8 @@ def without_eos(model, folder):
     [
         (Path.mkdir, ": the folder has no config.json, so it is no model's: it holds nothing. Give the folder"),
         (no_weights, ": the folder has no weights (no .safetensors file). Was it copied whole?"),
+        (in_gguf, ": its weights are in GGUF (model-q4_k_m.gguf)"),
+        (gguf_alone, ": its weights are in GGUF (model-q4_k_m.gguf)"),
         (no_config, ": the folder has no config.json, so it is no model's: it holds generation_config.json, mod"),
         (no_tokenizer, ": its tokenizer cannot be loaded: it has no tokenizer.json, and none can be made of what"),
         (weights_alone, ": the folder has no config.json, so it is no model's: it holds model.safetensors. Give"),
@@ -398,6 +409,26 @@ def test_a_folder_that_is_not_there(script, model, train_file, tmp_path):
         assert told.startswith(f"--model_name_or_path {path}: there is no such folder. Check the path; a relative one")
     told = message_of(script(model_name_or_path=train_file, train_file=train_file))
     assert told.startswith(f"--model_name_or_path {train_file} is a file. Give the folder that it is in.")
+
+
+def test_gguf_is_told_how_to_convert(script, model, train_file, hub, tmp_path):
+    gguf_alone(model, tmp_path / "gguf")
+    for path in (tmp_path / "gguf", tmp_path / "gguf/model-q4_k_m.gguf"):
+        told = message_of(script("uld", model_name_or_path=model, teacher_path=path, train_file=train_file))
+        call = f'AutoModelForCausalLM.from_pretrained("{tmp_path}/gguf", gguf_file="model-q4_k_m.gguf").save_pretrain'
+        assert told.startswith(f"--teacher_path {path}: ") and call in told and "AutoTokenizer" in told
+    hub(404, "EntryNotFound")  # there is no config.json
+    told = message_of(script(model_name_or_path="some/model-GGUF", train_file=train_file))
+    assert 'from_pretrained("some/model-GGUF", gguf_file="FILE.gguf")' in told
+
+
+def test_code_that_needs_a_package_names_it(script, model, train_file, tmp_path):
+    path = copy_of(model, tmp_path / "own code")
+    (path / "own.py").write_text("import a_package_that_nobody_has\n")
+    change_json(path / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    told = message_of(script(model_name_or_path=path, train_file=train_file, trust_remote_code=True))
+    assert told.startswith(f"--model_name_or_path {path}: its configuration cannot be loaded: ")
+    assert "a_package_that_nobody_has" in told
 
 
 def test_pickled_weights_are_not_opened(script, model, train_file, tmp_path):
