@@ -31,6 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from get_vocab_mapper.builder_cli import _load_tokenizer
 from get_vocab_mapper.token_forms import token_forms
 from get_vocab_mapper.vocab_mapper import build_em
 from modeling.examples import Encoder, encode_pair
@@ -462,7 +463,7 @@ class OwnModel(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_code_of_a_model_runs_only_where_it_is_trusted(script, model, train_file, tmp_path, monkeypatch, part):
+def test_code_of_a_model_runs_only_where_it_is_trusted(script, model, train_file, tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     path, mark = copy_of(model, tmp_path / "own code"), tmp_path / "ran"
@@ -476,6 +477,11 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(script, model, train_file
     told = message_of(script(model_name_or_path=path, train_file=train_file))
     assert told.startswith(f"--model_name_or_path {path}: its {'configuration' if part == 'model' else part} cannot be")
     assert "which is not run unasked" in told and "give --trust_remote_code true." in told
+    if part == "tokenizer":
+        with pytest.raises(SystemExit):
+            _load_tokenizer("teacher", str(path), False)
+        told = capsys.readouterr().err
+        assert f"--teacher {path}: " in told and told.endswith("give --trust_remote_code true.\n")
     assert not mark.exists()
     assert script(model_name_or_path=path, train_file=train_file, trust_remote_code=True).status == 0
     assert mark.exists()

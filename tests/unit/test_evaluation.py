@@ -136,6 +136,10 @@ def test_wrong_arguments_are_named(capsys):
     assert (args.max_length, args.max_prompt_length, args.no_repeat_ngram_size) == (512, 256, 0)
     assert (args.temperature, args.top_p, args.top_k, args.greedy) == (1.0, 1.0, 0, False)
     assert generate.parse([*base, "--dskd_compat"]).no_repeat_ngram_size == 6
+    # The flag is spelt as in training, or stands alone.
+    for words, trusted in (([], False), (["--trust_remote_code"], True), (["--trust_remote_code", "true"], True)):
+        assert generate.parse([*base, *words]).trust_remote_code is trusted
+    assert generate.parse([*base, "--trust_remote_code=False"]).trust_remote_code is False
 
 
 # ------------------------------------------------------------------------------------------------------------- files
