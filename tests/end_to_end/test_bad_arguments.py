@@ -11,7 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from get_vocab_mapper.token_forms import token_forms
 from get_vocab_mapper.vocab_mapper import build_em, build_mined
@@ -246,6 +256,25 @@ def test_an_attention_that_is_not_to_be_had(rig, refused, call):
         message = refused("ULD", attn_implementation=kind)
         assert message.startswith(f"--attn_implementation {kind}: --model_name_or_path {rig.student} cannot be run")
     assert call("ULD", attn_implementation="eager", max_steps=1)[0] == 0
+
+
+def test_layers_that_can_be_adapted_are_named(rig, call, tmp_path):
+    """peft does not adapt all linear layers of a Mamba, and none of another model's names. What is named trains."""
+    tokenizer = byte_level_bpe()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, eos_token_id=tokenizer.eos_token_id))
+    mamba.save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    llama = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+    for student, wish, layers in (
+        (tmp_path / "mamba", "all-linear", "dt_proj in_proj x_proj"),
+        (rig.student, "c_attn", llama),
+    ):
+        lora = {"model_name_or_path": student, "use_lora": True, "max_steps": 1}
+        status, said = call("SFT", **lora, lora_target_modules=wish)
+        assert status == 2 and f"SFT.py: error: --lora_target_modules {wish}: " in said
+        assert said.endswith(f"that can be adapted: --lora_target_modules {layers}\n")
+        assert call("SFT", "--lora_target_modules", *layers.split(), **lora)[0] == 0
 
 
 @pytest.mark.parametrize("method", MAIN)
