@@ -51,6 +51,7 @@ def instructions(folder: Path, model: str, sets: list[str], seeds: list[int]) ->
     if not there:
         raise ValueError(f"None of the sets is there: {' '.join(missing)}. Set DATA_DIR.")
     found = {name: {str(seed): read_json(p) for seed, p in zip(seeds, scores_of(name))} for name in there}
+    tokenizer = one_tokenizer(found)
     first = {name: next(iter(by_seed.values())) for name, by_seed in found.items()}
     scores = {
         name: {
@@ -64,7 +65,7 @@ def instructions(folder: Path, model: str, sets: list[str], seeds: list[int]) ->
     files = {name: read_json(folder / name / f"{seeds[0]}.settings.json") for name in there}
     settings = one_for_all([folder / name / f"{seed}.settings.json" for name in there for seed in seeds])
     settings["sets"] = {name: {key: files[name][key] for key in ("data", "data_sha256", "limit")} for name in there}
-    settings["rouge_tokenizer"] = one_tokenizer(found)
+    settings["rouge_tokenizer"] = tokenizer
     environment = read_json(folder / there[0] / f"{seeds[0]}.environment.json")
     write_results(
         folder,
@@ -96,7 +97,7 @@ def instructions(folder: Path, model: str, sets: list[str], seeds: list[int]) ->
 
 def one_tokenizer(found: dict[str, dict[str, dict]]) -> str:
     """The tokenizer of all these ROUGE-L scores. Raises ValueError where they differ."""
-    of_set = {name: scores["rouge_tokenizer"] for name, by_seed in found.items() for scores in by_seed.values()}
+    of_set = {n: s.get("rouge_tokenizer", "unknown") for n, by_seed in found.items() for s in by_seed.values()}
     if len(set(of_set.values())) > 1:
         told = ", ".join(f"{name} {tokenizer}" for name, tokenizer in of_set.items())
         raise ValueError(f"The sets were scored with different tokenizers ({told}). Name all of them in SETS.")

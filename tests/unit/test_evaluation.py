@@ -296,6 +296,8 @@ def test_the_report_says_what_is_not_scored(tmp_path):
     assert results["settings"]["rouge_tokenizer"] == "unicode"
     with pytest.raises(ValueError, match="scored with different tokenizers"):
         collected(tmp_path, dolly=some, mine=every)
+    with pytest.raises(ValueError, match="mine unknown"):  # scored before the tokenizer was a choice
+        collected(tmp_path, dolly=some, mine={"rouge_l": 1.0})
 
 
 def test_a_missing_response_is_an_error_and_no_zero(tmp_path):
