@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,8 +41,15 @@ class ChunkedLogits:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states; under autocast the logits' may be smaller."""
-        return self.hidden.dtype
+        return self.head.product_dtype if isinstance(self.head, OutputHead) else self.hidden.dtype
+
+    @cached_property
+    def cast_head(self) -> Head:
+        """What makes the logits, without gradient, of the real columns: cast once for all chunks and both passes."""
+        if not isinstance(self.head, OutputHead):
+            return self.head
+        with torch.no_grad():
+            return self.head.first(self.n_tokens).cast()
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +59,7 @@ class ChunkedLogits:
         return len(self.hidden)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        return self.head(self.hidden[rows])[:, : self.n_tokens]
+        return self.cast_head(self.hidden[rows])[:, : self.n_tokens]
 
     def index_select(self, dim: int, rows: Tensor) -> ChunkedLogits:
         """Other rows, in any order, or the same one more than once. `dim` is 0, as for a tensor's rows."""
@@ -98,11 +106,9 @@ class _MapRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, row_function, others, hidden, weight, bias):
         ctx.logits, ctx.row_function, ctx.others = logits, row_function, others
-        ctx.dtype = _product_dtype(hidden, weight)
-        head = _cast(logits.head.first(logits.n_tokens), ctx.dtype)
         return in_chunks(
             *(len(logits), logits.chunk),
-            lambda at: row_function(head(hidden[at].to(ctx.dtype)), *(other[at] for other in others)),
+            lambda at: row_function(logits[at], *(other[at] for other in others)),
         )
 
     @staticmethod
@@ -110,7 +116,7 @@ class _MapRows(torch.autograd.Function):
     def backward(ctx, grad_output):
         logits, row_function = ctx.logits, ctx.row_function
         hidden, n_tokens = logits.hidden.detach(), logits.n_tokens
-        head = _cast(logits.head.first(n_tokens), ctx.dtype)
+        head = logits.cast_head
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[3:]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Sums over all rows: in float32, whatever smaller dtype the weight has.
@@ -120,7 +126,7 @@ class _MapRows(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if wants_bias else None
         for start in range(0, len(logits), logits.chunk):
             at = slice(start, start + logits.chunk)
-            rows = hidden[at].to(ctx.dtype)
+            rows = hidden[at].to(logits.dtype)
             product = F.linear(rows, head.weight, head.bias).requires_grad_()
             with torch.enable_grad():
                 values = row_function(head.finish(product), *(other[at] for other in ctx.others))
@@ -145,16 +151,3 @@ def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
         total.addmm_(gradient.T, rows)
     else:
         total += gradient.T @ rows
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """In which `hidden · weightᵀ` is computed: autocast's, where it is on."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-def _cast(head: OutputHead, dtype: torch.dtype) -> OutputHead:
-    """The head in another dtype: once for all chunks, autocast would do it for each."""
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-    return replace(head, weight=head.weight.detach().to(dtype), bias=bias)

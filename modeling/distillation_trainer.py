@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from modeling.checkpoints import ignore_sigterm, saving
+from modeling.checkpoints import ignore_sigterm, resume_settings, saving, write_settings
 from modeling.chunked_logits import ChunkedLogits
 from modeling.divergences import Logits
+from modeling.errors import InputError
 from modeling.examples import IGNORED
 from modeling.finite_check import GRADIENT, LOSS, STUDENT, TEACHER, FiniteCheck, largest
-from modeling.output_head import OutputHead, last_hidden_states, logits_at
+from modeling.output_head import OutputHead, last_hidden_states, logits_at, unwrapped
 from modeling.teachers import Teacher, as_teacher, response_rows
 
 
@@ -66,6 +67,13 @@ class RunningMeans:
 class ResponseTrainer(Trainer):
     """Trains on responses: `L = CE`, one mean over the response tokens of the whole optimizer step.
 
+    A mixture-of-experts student whose configuration asks for it (`output_router_logits`) is trained with its router
+    loss as well, `L + router_aux_loss_coef · router_loss` (Switch Transformer, arXiv 2101.03961, equation 4), logged
+    without the coefficient. It is no sum over tokens: the model gives one figure for all tokens of a micro-batch,
+    prompts included. That of a micro-batch weighs its share of the step's response tokens, so that the weights of a
+    step sum to 1 however it is split; how evenly the experts are used within a micro-batch still depends on the split.
+    Evaluation leaves it out.
+
     Args beyond those of `Trainer`:
         n_student_tokens: how many columns of the student's logits are real, `len(tokenizer)`.
     """
@@ -77,6 +85,7 @@ class ResponseTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.n_student_tokens = n_student_tokens
         self.student_head: OutputHead | None = None  # found when the model is where it will be trained
+        self.router_loss: Tensor | None = None  # of the student's last forward
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
         self.finite = FiniteCheck(self.accelerator)
         self.recorded: list[Tensor] = []  # numerators of this micro-batch, not yet looked at
@@ -88,12 +97,20 @@ class ResponseTrainer(Trainer):
     def student_logits(self, model, inputs: dict) -> Logits:
         """[R_S, V_S] predicting logits of the response tokens, with gradient, in the model's dtype."""
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        if self.args.logits_chunk:
-            if self.student_head is None:
-                self.student_head = OutputHead.of(model)
-            hidden = response_rows(last_hidden_states(model, **batch), inputs["positions"])
-            return ChunkedLogits(hidden, self.student_head, self.n_student_tokens, self.args.logits_chunk)
-        return logits_at(model, inputs["positions"], self.n_student_tokens, **batch)
+        if self.args.logits_chunk and self.student_head is None:
+            self.student_head = OutputHead.of(model)
+        handle = model.register_forward_hook(self._keep_router_loss)
+        try:
+            if self.args.logits_chunk:
+                hidden = response_rows(last_hidden_states(model, **batch), inputs["positions"])
+                return ChunkedLogits(hidden, self.student_head, self.n_student_tokens, self.args.logits_chunk)
+            return logits_at(model, inputs["positions"], self.n_student_tokens, **batch)
+        finally:
+            handle.remove()
+
+    def _keep_router_loss(self, model, inputs, output) -> None:
+        router_loss = getattr(output, "aux_loss", None)
+        self.router_loss = router_loss if model.training and isinstance(router_loss, Tensor) else None
 
     @staticmethod
     def response_labels(inputs: dict, side: str = "") -> Tensor:
@@ -117,6 +134,9 @@ class ResponseTrainer(Trainer):
 
         Logged values and gradients do not depend on how a step's examples are split into micro-batches and ranks.
         """
+        if self.router_loss is not None:
+            totals["router_loss"] = self.router_loss * inputs["positions"].numel()
+            totals["loss"] = totals["loss"] + router_coefficient(self.model) * totals["router_loss"]
         loss = self._per_token(inputs, num_items_in_batch, totals)
         self.require_finite(LOSS, inputs, torch.stack([loss.detach().float(), *self.recorded]).sum())
         self.recorded = []
@@ -193,8 +213,10 @@ class ResponseTrainer(Trainer):
         """A checkpoint of this step. What an earlier run left under its name goes first: old and new never mix."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with saving(folder):
-            if self.args.should_save and folder.exists():
-                shutil.rmtree(folder)
+            if self.args.should_save:
+                if folder.exists():
+                    shutil.rmtree(folder)
+                write_settings(folder, resume_settings(self.model, self.args))
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
@@ -246,6 +268,19 @@ class ResponseTrainer(Trainer):
             means["perplexity"] = math.exp(min(means["ce_loss"], 700.0))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return EvalLoopOutput(None, None, output.metrics, len(dataloader.dataset.dataset))
+
+
+def router_coefficient(model: PreTrainedModel) -> float:
+    """What a mixture-of-experts model multiplies its router loss with. Raises InputError where it does not say."""
+    inner = unwrapped(model)
+    for place in (inner, inner.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(coefficient := getattr(place, name, None), (int, float)):
+                return coefficient
+    raise InputError(
+        f"{type(inner).__name__} gives a router loss (output_router_logits in its config.json), and names no "
+        "router_aux_loss_coef for it. Name one there, or set output_router_logits to false."
+    )
 
 
 class DistillationTrainer(ResponseTrainer):

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import (
@@ -34,11 +34,22 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling.arguments import DataArguments, DistillationArguments, StudentArguments, TrainingArguments
-from modeling.checkpoints import STOPPED, StopOnSigterm, defect, last_complete_checkpoint, publish, saving, set_aside
+from modeling.checkpoints import (
+    STOPPED,
+    StopOnSigterm,
+    defect,
+    last_complete_checkpoint,
+    publish,
+    require_settings,
+    resume_settings,
+    saving,
+    set_aside,
+    target_names,
+)
 from modeling.distillation_trainer import ResponseTrainer
 from modeling.errors import InputError, first_line, user_input
 from modeling.examples import Encoder, prepare_example, read_rows, require_json_file
-from modeling.pretrained import load_config, load_encoder, load_model
+from modeling.pretrained import adapter_config, load_config, load_encoder, load_model, merged
 from modeling.teacher_cache import Settings, SignalCache, weights_digest
 from modeling.teachers import LiveTeacher, StoredTeacher, Teacher, examples_of, fill
 
@@ -126,21 +137,52 @@ def longest_input(config: PretrainedConfig) -> int | None:
 
 
 def load_student(args: StudentArguments) -> LanguageModel:
-    """The student, with what is not to be trained frozen; with --use_lora true a `PeftModel` around it."""
+    """The student, with what is not to be trained frozen; with --use_lora true a `PeftModel` around it.
+
+    Of an adapter's folder, --use_lora true trains that adapter on; otherwise it is merged into the model below it.
+    """
     path, flag = args.model_name_or_path, "model_name_or_path"
+    adapter = adapter_config(path, flag)
+    if args.use_lora and adapter is not None:
+        _require_its_settings(args, adapter)
     encoder = load_encoder(path, flag, args)
-    student = LanguageModel(load_model(path, flag, args.dtype, args, len(encoder.forms.forms)), encoder)
+    model = load_model(path, flag, args.dtype, args, len(encoder.forms.forms), merge=not args.use_lora)
+    if adapter is not None:
+        doing = "trained further" if args.use_lora else "merged into it; --use_lora true would train the adapter itself"
+        logger.info("--%s %s is an adapter of %s, and is %s.", flag, path, adapter.base_model_name_or_path, doing)
     if args.freeze_emb:
-        student.model.get_input_embeddings().requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(False)
     if args.freeze_layers:
-        layers = transformer_layers(student.model)
+        layers = transformer_layers(model)
         if args.freeze_layers > len(layers):
             raise InputError(f"--freeze_layers is {args.freeze_layers}: {path} has {len(layers)} layers.")
         for layer in layers[: args.freeze_layers]:
             layer.requires_grad_(False)
     if args.use_lora:
-        student.model = _with_lora(student.model, args)
-    return student
+        model = model if adapter is not None else _with_lora(model, args)
+        logger.info("LoRA: %d of %d parameters are trained.", *model.get_nb_trainable_parameters())
+    return LanguageModel(model, encoder)
+
+
+def _require_its_settings(args: StudentArguments, adapter: PeftConfig) -> None:
+    """Raises InputError where a flag contradicts the adapter that is to be trained on. Defaults do not."""
+    path = args.model_name_or_path
+    if not isinstance(adapter, LoraConfig):
+        raise InputError(f"--use_lora true: {path} is an adapter of another kind ({adapter.peft_type.value}).")
+    has = {
+        "lora_rank": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "lora_target_modules": target_names(adapter.target_modules),
+    }
+    defaults = StudentArguments(path)
+    for name, own in has.items():
+        given = getattr(args, name)
+        if given != getattr(defaults, name) and (sorted(given) if isinstance(given, list) else given) != own:
+            given, own = (" ".join(value) if isinstance(value, list) else value for value in (given, own))
+            raise InputError(
+                f"--{name} is {given}: the adapter {path} is trained further, and has {own}. Leave the flag out."
+            )
 
 
 def _with_lora(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
@@ -154,13 +196,11 @@ def _with_lora(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
     try:
-        model = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
         adaptable = " ".join(_adaptable_layers(model))
         remedy = f"Give some of those that can be adapted: --lora_target_modules {adaptable}" if adaptable else ""
         raise InputError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}. {remedy}") from error
-    logger.info("LoRA: %d of %d parameters are trained.", *model.get_nb_trainable_parameters())
-    return model
 
 
 def _adaptable_layers(model: PreTrainedModel) -> list[str]:
@@ -299,7 +339,7 @@ def _load_teacher_model(
         except (AssertionError, RuntimeError) as error:
             raise InputError(f"--teacher_device {device}: {error}") from error
     with _deepspeed_config(None, training_args):
-        return load_model(path, flag, args.teacher_dtype, student_args, n_tokens, device_map=device)
+        return load_model(path, flag, args.teacher_dtype, student_args, n_tokens, merge=False, device_map=device)
 
 
 def _load_sharded(
@@ -319,7 +359,7 @@ def _load_sharded(
         "fp16": {"enabled": dtype == "float16"},
     }
     with _deepspeed_config(config, training_args):
-        model = load_model(path, flag, dtype, args, n_tokens)
+        model = load_model(path, flag, dtype, args, n_tokens, merge=False)
     try:
         engine, *_ = deepspeed.initialize(model=model, config=config)
     except ValueError as error:  # a dtype that DeepSpeed does not run on this device
@@ -496,6 +536,7 @@ def run(trainer: ResponseTrainer) -> None:
 
     An output folder that already holds a whole checkpoint is gone on from; --resume_from_checkpoint false starts over.
     A LoRA student is saved as its adapter (with the path of the base model), or, with --merge_lora true, merged.
+    Evaluation comes last, when all is saved: it may cast the model (--bf16_full_eval). It is of the model as saved.
     After SIGTERM the training saves a checkpoint and exits with status 143: no model is written, nothing evaluated.
     """
     args = trainer.args
@@ -512,21 +553,24 @@ def run(trainer: ResponseTrainer) -> None:
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
             trainer.save_state()
+        if args.merge_lora:
+            model = merged(trainer.model)  # on every rank: what is evaluated is what is saved
+            if args.should_save:
+                with saving(args.output_dir):
+                    model.save_pretrained(part)
+                    trainer.processing_class.save_pretrained(part)
+                    publish(part, Path(args.output_dir))
     if args.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if args.do_train and args.merge_lora and args.should_save:
-        with saving(args.output_dir):
-            # Last: it takes the trained model apart.
-            trainer.model.merge_and_unload().save_pretrained(part)
-            trainer.processing_class.save_pretrained(part)
-            publish(part, Path(args.output_dir))
 
 
 def _train(trainer: ResponseTrainer) -> TrainOutput:
     """The training, from a checkpoint where there is one. Exits the process where SIGTERM ended it."""
     checkpoint = _checkpoint(trainer.args)
+    if checkpoint is not None:
+        require_settings(Path(checkpoint), resume_settings(trainer.model, trainer.args))
     stop = StopOnSigterm()
     trainer.add_callback(stop)
     with stop.listening():

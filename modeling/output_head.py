@@ -32,7 +32,7 @@ Head = Callable[[Tensor], Tensor]  # makes logits [r, V] of what stands for them
 
 @dataclass(frozen=True)
 class OutputHead:
-    """A function of last hidden states: `head(hidden [..., H]) -> logits [..., V]`, in the hidden states' dtype.
+    """A function of last hidden states: `head(hidden [..., H]) -> logits [..., V]`, in `product_dtype`.
 
     The weight is the model's own, so that the head follows training and gradients reach it. It is a copy only of a
     frozen model whose weights are sharded over the ranks, or fetched when their layer runs.
@@ -43,9 +43,21 @@ class OutputHead:
     multiplier: float = 1.0
     divisor: float = 1.0
     cap: float | None = None
+    dtype: torch.dtype | None = None  # that autocast multiplies in; None: the weight's
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.finish(F.linear(hidden, self.weight, self.bias))
+        head = self.cast()
+        return head.finish(F.linear(hidden.to(self.product_dtype), head.weight, head.bias))
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of W·h, and of the logits."""
+        return self.dtype or self.weight.dtype
+
+    def cast(self) -> OutputHead:
+        """The head with its weights in `product_dtype`; the same weights where they are."""
+        bias = None if self.bias is None else self.bias.to(self.product_dtype)
+        return replace(self, weight=self.weight.to(self.product_dtype), bias=bias)
 
     def finish(self, logits: Tensor) -> Tensor:
         """What stands behind the linear layer."""
@@ -82,15 +94,20 @@ class OutputHead:
         inner, layer = unwrapped(model), output_layer(model)
         config = inner.config.get_text_config()
         probe = torch.linspace(0, config.vocab_size - 1, 16, device=input_device(inner)).long()[None]
-        with _reaching(layer) as reached:
-            logits = model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False).logits
+        made: list[torch.dtype] = []  # by the layer itself: outside of autocast, its logits may be float32 again
+        handle = layer.register_forward_hook(lambda _, __, product: made.append(product.dtype))
+        try:
+            with _reaching(layer) as reached:
+                logits = model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False).logits
+        finally:
+            handle.remove()
         hidden = _the_one(reached, inner)
         weight, bias = _whole(layer)
-        expected = logits.float().to(weight.device)
-        tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * expected.abs().max()
-        hidden = hidden.to(weight.device, weight.dtype)  # under autocast the layer is given another dtype
-        for multiplier, divisor, cap in _factors(config):
-            head = cls(weight, bias, multiplier, divisor, cap)
+        expected, hidden = logits.float().to(weight.device), hidden.to(weight.device)
+        dtype = None if made[0] == weight.dtype else made[0]
+        tolerance = max(1e-4, 4 * torch.finfo(made[0]).eps) * expected.abs().max()
+        for factors in _factors(config):
+            head = cls(weight, bias, *factors, dtype)
             got = head(hidden).float()
             if got.shape == expected.shape and (got - expected).abs().max() <= tolerance:
                 return head

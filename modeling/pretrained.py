@@ -9,6 +9,8 @@ import contextlib
 import copy
 import json
 import logging
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +24,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import httpx
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.integrations import gather_params_ctx
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -31,8 +38,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from modeling.arguments import StudentArguments
 from modeling.errors import InputError, first_line, user_input
@@ -63,15 +71,29 @@ def load_config(path: str, flag: str, args: StudentArguments) -> PreTrainedConfi
         _require_model_folder(Path(path), what)
     else:
         _require_on_hub(path, what)
+    adapter = adapter_config(path, flag)
+    if adapter is not None:
+        return load_config(adapter.base_model_name_or_path, flag, args)
     with _told(f"{what}: its configuration cannot be loaded", path):
-        adapter = find_adapter_config_file(path)
-        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter else None
-        if base is None:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    if base is not None:
-        return load_config(base, flag, args)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     _require_causal(config, what)
     _require_packages(config, what, args)
+    return config
+
+
+def adapter_config(path: str, flag: str) -> PeftConfig | None:
+    """The configuration of an adapter (LoRA, …); None of a whole model.
+
+    Raises InputError where it cannot be read, names no model below it, or adds tokens in front of the prompt instead of
+    changing weights.
+    """
+    what = f"--{flag} {path}: its adapter_config.json"
+    with _told(f"{what} cannot be loaded", path):
+        config = PeftConfig.from_pretrained(path) if find_adapter_config_file(path) else None
+    if config is not None and config.base_model_name_or_path is None:
+        raise InputError(f"{what} has no base_model_name_or_path, the model that it adapts. Write its path there.")
+    if config is not None and config.is_prompt_learning:
+        raise InputError(f"{what} is one of {config.peft_type.value}. Give an adapter of weights, such as LoRA.")
     return config
 
 
@@ -84,9 +106,25 @@ def load_encoder(path: str, flag: str, args: StudentArguments) -> Encoder:
 
 
 def load_model(
-    path: str, flag: str, dtype: str, args: StudentArguments, n_tokens: int, **options
-) -> PreTrainedModel:
-    """The model, with room for as many tokens as its tokenizer has. Raises InputError where weights are missing."""
+    path: str, flag: str, dtype: str, args: StudentArguments, n_tokens: int, merge: bool = True, **options
+) -> PreTrainedModel | PeftModel:
+    """A model with room for as many tokens as its tokenizer has, in training or for good: the one way to load any.
+
+    Args:
+        path: hub name or folder, of a whole model or of an adapter. The model below it may be one with an adapter too,
+            which is merged.
+        flag: the argument that named it, for messages.
+        n_tokens: the length of its tokenizer.
+        merge: whether an adapter becomes part of the weights. Otherwise a `PeftModel` keeps it apart, to be trained.
+        options: further ones of `from_pretrained`.
+
+    Raises InputError where weights are missing, or the tokenizer is longer than the embeddings of an adapter.
+    """
+    adapter = adapter_config(path, flag)
+    if adapter is not None:
+        model = load_model(adapter.base_model_name_or_path, flag, dtype, args, 0, **options)
+        model = _with_adapter(model, path, f"--{flag} {path}", adapter, n_tokens, merge, options.get("device_map"))
+        return merged(model) if merge else model
     what = f"--{flag} {path}"
     with _told(f"{what}: its weights cannot be loaded", path):
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -105,6 +143,53 @@ def load_model(
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. Give a model that was saved whole, with the "
             "head that predicts the next token."
         )
+    _make_room(model, n_tokens, what)
+    return model
+
+
+def _with_adapter(
+    model: PreTrainedModel, path: str, what: str, adapter: PeftConfig, n_tokens: int, merge: bool, device_map: object
+) -> PeftModel:
+    if merge and is_deepspeed_zero3_enabled():
+        raise InputError(f"{what}: an adapter is not merged under ZeRO-3. Give --use_lora true, or train with ZeRO-2.")
+    with _told(f"{what}: the weights of its adapter cannot be loaded", path):
+        file = cached_file(path, SAFETENSORS_WEIGHTS_NAME)  # peft would read a pickle where this is not there
+    n_adapted = _embeddings_beside(file, model)
+    if 0 < n_adapted < n_tokens:
+        raise InputError(
+            f"{what}: the tokenizer has {n_tokens} tokens, and the adapter was trained with {n_adapted} embeddings. "
+            "Give it the tokenizer that it was trained with."
+        )
+    if n_adapted:
+        _resize(model, n_adapted)
+    else:
+        _make_room(model, n_tokens, what)
+    weights = list(dict.fromkeys(layer.weight for layer in _embeddings(model)))
+    with (
+        _told(f"{what}: its adapter cannot be loaded", path),
+        gather_params_ctx(weights, modifier_rank=0),  # which it may hold; they lie apart under ZeRO-3
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(
+                *(model, path),
+                config=adapter,
+                is_trainable=not merge,
+                torch_device="cpu",
+                # Where the model is: peft would spread one anew that has a part on the CPU.
+                device_map="auto" if device_map in (None, "auto") else {"": device_map},
+            )
+        except (RuntimeError, UserWarning) as error:
+            if not re.search("size mismatch|missing adapter keys", str(error)):
+                raise
+            raise InputError(
+                f"{what}: the weights of its adapter do not fit its adapter_config.json, or the model that this names "
+                f"({adapter.base_model_name_or_path}). Give the files of one adapter, and the model it was trained on."
+            ) from error
+
+
+def _make_room(model: PreTrainedModel, n_tokens: int, what: str) -> None:
     n_embeddings = model.get_input_embeddings().num_embeddings
     if n_tokens > n_embeddings:
         logger.warning(
@@ -112,8 +197,49 @@ def load_model(
             "new embeddings are untrained.",
             *(what, n_tokens, n_embeddings),
         )
-        model.resize_token_embeddings(n_tokens)
-    return model
+        _resize(model, n_tokens)
+
+
+def _resize(model: PreTrainedModel, n_tokens: int) -> None:
+    """The new embeddings are drawn alike each time: an adapter that was trained beside them need not hold them."""
+    if n_tokens != model.get_input_embeddings().num_embeddings:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(n_tokens)
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers whose size is that of the vocabulary: input embeddings, and head."""
+    return [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+
+
+def _embeddings_beside(file: str, model: PreTrainedModel) -> int:
+    """How many tokens a model had when an adapter was trained on it; 0 where the adapter's weights do not tell."""
+    names = {module: name for name, module in model.named_modules()}
+    axis = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
+    with safe_open(file, "pt") as weights:
+        for layer in _embeddings(model):
+            for name, place in axis.items():
+                key = f"base_model.model.{names[layer]}.{name}"
+                if key in weights.keys():  # noqa: SIM118
+                    return weights.get_slice(key).get_shape()[place]
+    return 0
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapter in its weights, all of them to be trained. It takes the `PeftModel` apart.
+
+    Where an adapter changed one of two tied matrices, the model has two: tie_word_embeddings is false from here on.
+    """
+    layers = _embeddings(model.get_base_model())
+    if len({id(layer.weight) for layer in layers}) < len(layers):
+        for layer in layers:
+            if isinstance(layer, BaseTunerLayer):
+                base = layer.get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # that is what has been done
+        return model.merge_and_unload().requires_grad_(True)
 
 
 # --------------------------------------------------------------------------------------------------- what is not there

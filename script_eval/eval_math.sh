@@ -37,7 +37,7 @@ if [[ ! -e $OUTPUT/results.json ]]; then
     device=$DEVICE
     if [[ $DEVICE == cpu ]]; then NPROC=1; else device+=:0; fi
     [[ ${DRY_RUN:-0} == 1 ]] || model_args=$(<"$OUTPUT/model_args.json")
-    over_devices -m lm_eval run --model hf --model_args "${model_args:-…}" --device "$device" \
+    over_devices "$EVAL_DIR/harness.py" run --model cdm --model_args "${model_args:-…}" --device "$device" \
         --include_path "$OUTPUT/tasks" --tasks gsm8k_training_template --num_fewshot "$NUM_FEWSHOT" \
         --gen_kwargs "max_gen_toks=$MAX_NEW_TOKENS" --batch_size "$BATCH_SIZE" ${LIMIT:+--limit "$LIMIT"} \
         --log_samples --output_path "$OUTPUT/harness" --use_cache "$OUTPUT/answers" "$@"

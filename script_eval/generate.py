@@ -38,10 +38,8 @@ from eval_records import (
     versions,
     write_json,
 )
-from peft import AutoPeftModelForCausalLM
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
@@ -51,6 +49,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.hf_argparser import string_to_bool
+
+from modeling import pretrained
+from modeling.arguments import StudentArguments
 
 BLOCK = 512  # columns of the vocabulary that `draw` sums first
 
@@ -138,18 +139,11 @@ def this_device(use_cpu: bool) -> torch.device:
 
 
 def load_model(args: argparse.Namespace, device: torch.device):
-    """Model and tokenizer. An adapter is merged into the model that it was trained on.
-
-    Weights come from safetensors files alone: a pickle can run code when it is loaded.
-    """
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    """Model and tokenizer, as a training script would load them; an adapter is merged into the model below it."""
+    options = StudentArguments(args.model, trust_remote_code=args.trust_remote_code)
+    pretrained.load_config(args.model, "model", options)  # what is wrong with its files is said first
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    if Path(args.model, "adapter_config.json").is_file():
-        if not Path(args.model, "adapter_model.safetensors").is_file():
-            raise ValueError(f"{args.model}: the adapter has no adapter_model.safetensors, and no other file is read.")
-        model = AutoPeftModelForCausalLM.from_pretrained(args.model, **options).merge_and_unload()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    model = pretrained.load_model(args.model, "model", args.dtype, options, len(tokenizer))
     return model.to(device).eval(), tokenizer
 
 

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 COLUMNS = {"phi-3": 32_064, "qwen2": 151_936}  # the widths of the real models' heads, padding included
 
 
-def tiny_llama(folder: Path, tokenizer, columns: int, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+def tiny_llama(
+    folder: Path, tokenizer, columns: int, hidden: int = 32, layers: int = 2, seed: int = 0, tied: bool = False
+) -> Path:
     """Saves a random Llama of `columns` logits with the given tokenizer. Wide initial weights: no uniform outputs."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -40,6 +42,7 @@ def tiny_llama(folder: Path, tokenizer, columns: int, hidden: int = 32, layers: 
         initializer_range=0.2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)

@@ -251,6 +251,72 @@ def test_starting_over_never_goes_on_from_the_earlier_run(bench, whole, tmp_path
     assert losses(output) != losses(whole)
 
 
+@pytest.fixture(scope="module")
+def adapted(bench):
+    """A run with LoRA: one checkpoint, after 3 steps."""
+    trained(bench, bench / "adapted", use_lora=True, max_steps=3)
+    return bench / "adapted"
+
+
+def resumed(bench, run, folder, **changes):
+    shutil.copytree(run / "checkpoint-3", folder / "checkpoint-3")
+    return train(bench, folder, **{"max_steps": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes", "flag"),
+    [
+        (False, {"optim": "adafactor"}, "--optim was adamw_torch when it was saved, and is adafactor"),
+        (False, {"use_lora": True}, "--use_lora was False"),
+        (False, {"freeze_layers": 1}, "--freeze_layers"),
+        (False, {"freeze_emb": True}, "--freeze_emb"),
+        (False, {"model_name_or_path": "wider"}, "--model_name_or_path"),
+        (True, {"model_name_or_path": "wider", "use_lora": True}, "--model_name_or_path"),
+        (True, {"use_lora": True, "lora_rank": 4}, "--lora_rank was 16 when it was saved, and is 4"),
+        (True, {"use_lora": True, "lora_alpha": 4}, "--lora_alpha"),
+        (True, {"use_lora": True, "lora_target_modules": "q_proj"}, "--lora_target_modules"),
+        (True, {}, "--use_lora was True"),
+    ],
+)
+def test_a_checkpoint_is_not_resumed_with_other_settings(bench, whole, adapted, tmp_path, lora, changes, flag):
+    if "model_name_or_path" in changes:
+        tokenizer = byte_level_bpe()
+        wider = tiny_llama(tmp_path / "wider", tokenizer, len(tokenizer), hidden=48)
+        changes = {**changes, "model_name_or_path": wider}
+    told = resumed(bench, adapted if lora else whole, tmp_path / "out", **changes)
+    assert told.status == 2 and "Traceback" not in told.output
+    message = told.output.splitlines()[-1]
+    assert f"{tmp_path / 'out'}/checkpoint-3 cannot be resumed: " in message and flag in message
+    assert "--resume_from_checkpoint false" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes"),
+    [
+        (False, {"optim": "adamw_torch", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+        (False, {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "max_steps": 9, "seed": 3}),
+        (True, {"use_lora": True, "lora_dropout": 0.1, "merge_lora": True, "bf16": True}),
+    ],
+)
+def test_what_may_change_when_a_checkpoint_is_resumed(bench, whole, adapted, tmp_path, lora, changes):
+    done = resumed(bench, adapted if lora else whole, tmp_path / "out", **changes)
+    assert done.status == 0 and "Going on from" in done.output, done.output
+    assert steps(tmp_path / "out")[-1]["step"] == changes.get("max_steps", 4)
+
+
+def test_the_record_of_a_checkpoints_settings(bench, whole, tmp_path):
+    """A checkpoint of DeepSpeed's is none of a plain run's; an old one has no record, and is resumed."""
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "out/checkpoint-3")
+    record = tmp_path / "out/checkpoint-3/resume_settings.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"deepspeed": "ZeRO-2 with 2 processes"}))
+    told = train(bench, tmp_path / "out")
+    assert told.status == 2 and "--deepspeed was ZeRO-2 with 2 processes when it was saved, and is none" in told.output
+    record.unlink()
+    trained(bench, tmp_path / "out")
+    assert_same_run(tmp_path / "out", whole)
+
+
 def test_a_checkpoint_saved_over_an_older_one_of_its_step_is_not_whole_before_its_end(bench, whole, tmp_path):
     output = tmp_path / "out"
     for name in ("checkpoint-3", "checkpoint-6"):

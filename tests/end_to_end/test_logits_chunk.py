@@ -14,6 +14,13 @@ def test_the_losses_are_those_of_whole_logits(train, method):  # noqa: F811
     assert_equal(train(method), train(method, logits_chunk=7), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["CDM", "FKD"])
+def test_in_bfloat16_with_stored_signals(train, tmp_path, method):  # noqa: F811
+    """Float32 weights under --bf16 true: both ways multiply in bfloat16, and evaluation too."""
+    chunked = train(method, bf16=True, logits_chunk=7, teacher_cache=tmp_path / "cache")
+    assert_equal(train(method, bf16=True), chunked, rel=2e-3)
+
+
 def test_with_adapters_and_stored_signals(train, tmp_path):  # noqa: F811
     settings = {"use_lora": True, "learning_rate": 1e-2}
     assert_equal(

@@ -1,5 +1,7 @@
 """Every loss of logits that do not exist as a whole, held to the same loss of those that do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -150,11 +152,14 @@ def test_float32_and_bfloat16():
     check(LOSSES["cross_entropy"], student(dtype=torch.bfloat16), teacher, 4, rtol=2e-2, atol=2e-2)
 
 
-def test_under_autocast_products_are_half_precision_and_gradients_are_not():
+def test_a_head_that_multiplies_in_half_precision_gives_gradients_in_the_weights():
     side = student(dtype=torch.float32)
+    chunked = replace(side.chunked(4), head=replace(side.head, dtype=torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        in_chunks = cross_entropy(side.chunked(4), LABELS)
-        whole = cross_entropy(F.linear(side.hidden, side.weight, side.bias)[:, :TOKENS], LABELS)
+        logits = F.linear(side.hidden, side.weight, side.bias)[:, :TOKENS]
+    assert chunked.dtype == chunked[:3].dtype == logits.dtype == torch.bfloat16
+    torch.testing.assert_close(chunked[torch.tensor([5, 2])], logits[[5, 2]])
+    in_chunks, whole = cross_entropy(chunked, LABELS), cross_entropy(logits, LABELS)
     torch.testing.assert_close(in_chunks, whole)
     for leaf, a, b in zip(
         side.leaves, torch.autograd.grad(in_chunks.sum(), side.leaves), torch.autograd.grad(whole.sum(), side.leaves)

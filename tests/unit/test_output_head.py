@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +21,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from modeling.chunked_logits import ChunkedLogits
+from modeling.divergences import cross_entropy
 from modeling.output_head import OutputHead, last_hidden_states, logits_at
 
 V = 101
@@ -86,6 +89,33 @@ def test_the_head_gives_the_models_own_logits(family, dtype):
     # What stands behind the layer matters here: without it the logits are far off.
     if (head.multiplier, head.divisor, head.cap) != (1, 1, None):
         assert (OutputHead(head.weight, head.bias)(hidden) - expected).abs().max() > 0.5
+
+
+def autocast(model):
+    """As accelerate prepares a model for --bf16 true: bfloat16 inside, float32 outside."""
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.forward))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_the_head_multiplies_as_the_model_does(family):
+    """Chunked logits of float32 weights under --bf16 true: the whole logits' values, loss and gradients."""
+    model, inputs, positions = autocast(make(FAMILIES[family])), batch(), torch.arange(21)
+    head = OutputHead.of(model)
+    assert head.dtype == torch.bfloat16 and head.weight.dtype == torch.float32
+    results = []
+    for chunked in (False, True):
+        if chunked:
+            logits = ChunkedLogits(last_hidden_states(model, **inputs).flatten(0, 1), head, 90, 4)
+        else:
+            logits = logits_at(model, positions, 90, **inputs)
+            assert torch.equal(logits, logits.bfloat16().float())  # they were computed in bfloat16
+        loss = cross_entropy(logits, positions).sum()
+        results.append((logits[positions].float(), loss, *torch.autograd.grad(loss, model.parameters())))
+    for whole, in_chunks in zip(*results):
+        scale = whole.abs().max().item()
+        torch.testing.assert_close(in_chunks, whole, rtol=1e-2, atol=1e-2 * scale)
+    assert results[1][1].item() == pytest.approx(results[0][1].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

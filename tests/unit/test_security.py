@@ -187,7 +187,7 @@ def test_a_pickle_in_the_place_of_a_model_to_generate_with(planted, tmp_path, ki
     monkeypatch.syspath_prepend(str(ROOT / "script_eval"))
     import generate
 
-    for folder, message in ((model, "safetensors"), (adapter, "has no adapter_model.safetensors")):
+    for folder, message in ((model, "pytorch_model.bin"), (adapter, "adapter_model.bin")):
         args = generate.parse(["--model", str(folder), "--data", "x", "--output", "y"])
         with pytest.raises((OSError, ValueError), match=message):
             generate.load_model(args, torch.device("cpu"))
