@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modeling.errors import InputError
-from modeling.examples import alpaca_prompt, prefix_and_text, read_json
+from modeling.examples import alpaca_prompt, prefix_and_text, read_json, require_nothing_unread
 
 OUTPUT_SUFFIXES = (".json", ".jsonl")
 SOURCE_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -220,6 +220,10 @@ def convert_code(
     if format == "mbpp" or (format == "auto" and not columns and {"text", "code", "test_list"} <= row.keys()):
         return convert_mbpp(row, task_ids)
     instruction_column, input_column, response_column = columns or find_columns(row)
+    try:
+        require_nothing_unread(row, (instruction_column, response_column), (input_column,) if input_column else ())
+    except ValueError as unread:
+        raise LeftOut(str(unread)) from None
     instruction = text_column(row, instruction_column)
     context = text_column(row, input_column, optional=True) if input_column else ""
     response = text_column(row, response_column)

@@ -113,7 +113,12 @@ def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
         return AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            _fail(
+                f"--{flag} {name}: the tokenizer needs Python code that comes with it, which is not run unasked. Read "
+                "the code; where you trust it, give --trust_remote_code true."
+            )
         _fail(f"--{flag}: no tokenizer could be loaded from {name!r}: {error}")
 
 

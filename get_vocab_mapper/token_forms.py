@@ -35,6 +35,8 @@ class TokenForms:
         name: the tokenizer's `name_or_path`, for messages.
         forms: V byte strings. An id that the tokenizer does not use has the form b"" and counts as special.
         is_special: bool array [V]; such a token is never compared by edit distance or prefix.
+        is_byte_fallback: bool array [V]; such a token (`<0x30>`) is a byte in a vocabulary of characters, which
+            text is written with only where the vocabulary has no other token for it.
         roles: id of the tokens that the tokenizer declares as "eos", "bos", "pad" and "unk", in this order;
             a role that it does not declare is left out.
     """
@@ -42,6 +44,7 @@ class TokenForms:
     name: str
     forms: list[bytes]
     is_special: np.ndarray
+    is_byte_fallback: np.ndarray
     roles: dict[str, int]
 
     def __len__(self) -> int:
@@ -63,15 +66,24 @@ class TokenForms:
         return np.fromiter(map(len, self.forms), dtype=np.int32, count=len(self.forms))
 
     @cached_property
+    def by_preference(self) -> np.ndarray:
+        """int64 array [V]: all ids in growing order, the byte-fallback tokens behind all others.
+
+        Wherever ids of equal form compete, the first one in this order wins: it is the one that text is written with.
+        """
+        return np.argsort(self.is_byte_fallback, kind="stable")
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the forms and special flags in id order.
+        """SHA-256 (hex) over all that a map by text depends on: forms, special and byte-fallback flags, in id order.
 
         Roles are left out on purpose: a pad token that is set to EOS for batching changes no form.
         """
         digest = hashlib.sha256()
         digest.update(len(self.forms).to_bytes(8, "little"))
         digest.update(self.lengths.astype("<u4").tobytes())  # where each form ends in the joined bytes
-        digest.update(np.asarray(self.is_special, dtype=np.uint8).tobytes())
+        for flags in (self.is_special, self.is_byte_fallback):
+            digest.update(np.asarray(flags, dtype=np.uint8).tobytes())
         digest.update(b"".join(self.forms))
         return digest.hexdigest()
 
@@ -96,7 +108,7 @@ def token_forms(tokenizer) -> TokenForms:
             f"Tokenizer {name!r} ({type(tokenizer).__name__}) has no fast backend (no tokenizer.json), which says "
             f"what its tokens stand for. Use a model that has one. {_SUPPORTED}"
         )
-    read_token = _token_reader(backend, name)
+    read_token, byte_tokens = _token_reader(backend, name)
 
     id_of_token = backend.get_vocab(with_added_tokens=True)
     added = backend.get_added_tokens_decoder()
@@ -104,16 +116,18 @@ def token_forms(tokenizer) -> TokenForms:
 
     forms = [b""] * size
     is_special = np.ones(size, dtype=bool)  # ids that no token claims stay so
+    is_byte_fallback = np.zeros(size, dtype=bool)
     for token, token_id in id_of_token.items():
         forms[token_id] = read_token(token)
         is_special[token_id] = False
+        is_byte_fallback[token_id] = token in byte_tokens
     special_ids = {token_id for token_id in tokenizer.all_special_ids if token_id is not None}
     for token_id, token in added.items():
         if token.special:
             special_ids.add(token_id)
         if token_id in special_ids or backend.model.token_to_id(token.content) != token_id:
             forms[token_id] = token.content.encode()
-            is_special[token_id] = False
+            is_special[token_id] = is_byte_fallback[token_id] = False
     is_special[list(special_ids)] = True
 
     roles = {}
@@ -122,7 +136,7 @@ def token_forms(tokenizer) -> TokenForms:
         token_id = None if token is None else backend.token_to_id(str(token))
         if token_id is not None:
             roles[role] = token_id
-    return TokenForms(name=name, forms=forms, is_special=is_special, roles=roles)
+    return TokenForms(name, forms, is_special, is_byte_fallback, roles)
 
 
 def _read(form: bytes) -> str:
@@ -132,8 +146,9 @@ def _read(form: bytes) -> str:
         return form.decode("latin-1")
 
 
-def _token_reader(backend, name: str) -> Callable[[str], bytes]:
-    """The function from a token of the model's vocabulary to its bytes, as the decoder defines it."""
+def _token_reader(backend, name: str) -> tuple[Callable[[str], bytes], dict[str, bytes]]:
+    """The function from a token of the model's vocabulary to its bytes, as the decoder defines it, and the names of
+    the byte-fallback tokens with their bytes."""
     # A component's pickled state is its part of tokenizer.json; writing out the whole file would be slow.
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None
     model = backend.model
@@ -159,14 +174,14 @@ def _token_reader(backend, name: str) -> Callable[[str], bytes]:
             raise unreadable(
                 f"its continuation marks do not agree (model {continuation!r}, decoder {mark!r})"
             )
-        return lambda token: token[len(mark) :].encode() if token.startswith(mark) else b" " + token.encode()
+        return _wordpiece_reader(mark), {}
     if continuation:
         raise unreadable(f"its tokens carry a continuation mark, {continuation!r}")
 
     if "ByteLevel" in kinds:
         if kinds - {"ByteLevel", "Fuse"}:
             raise unreadable("ByteLevel is mixed with other decoders")
-        return _byte_level_reader()
+        return _byte_level_reader(), {}
 
     replacements = []
     for step in steps:
@@ -180,9 +195,14 @@ def _token_reader(backend, name: str) -> Callable[[str], bytes]:
             raise unreadable(f"decoder step {step['type']} has no byte form")
     if not replacements:
         raise unreadable("its decoder does not say how a space is written")
-    return _sentencepiece_reader(
-        replacements, "ByteFallback" in kinds or getattr(model, "byte_fallback", False)
-    )
+    byte_tokens = {}
+    if "ByteFallback" in kinds or getattr(model, "byte_fallback", False):
+        byte_tokens = {f"<0x{byte:{digits}}>": bytes([byte]) for byte in range(256) for digits in ("02X", "02x")}
+    return _sentencepiece_reader(replacements, byte_tokens), byte_tokens
+
+
+def _wordpiece_reader(mark: str) -> Callable[[str], bytes]:
+    return lambda token: token[len(mark) :].encode() if token.startswith(mark) else b" " + token.encode()
 
 
 def _byte_level_reader() -> Callable[[str], bytes]:
@@ -199,13 +219,9 @@ def _byte_level_reader() -> Callable[[str], bytes]:
     return read
 
 
-def _sentencepiece_reader(replacements: list[tuple[str, str]], byte_fallback: bool) -> Callable[[str], bytes]:
-    byte_tokens = {}
-    if byte_fallback:
-        byte_tokens = {
-            f"<0x{byte:{digits}}>": bytes([byte]) for byte in range(256) for digits in ("02X", "02x")
-        }
-
+def _sentencepiece_reader(
+    replacements: list[tuple[str, str]], byte_tokens: dict[str, bytes]
+) -> Callable[[str], bytes]:
     def read(token: str) -> bytes:
         form = byte_tokens.get(token)
         if form is None:

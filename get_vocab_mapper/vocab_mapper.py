@@ -9,13 +9,15 @@ Two tokens match exactly
   one: a role is skipped where an earlier one has taken its token on either side, and a token that is matched
   by role takes part in no match by text;
 - else if their forms are equal, and both are special or neither is. Where several ids of a side share a form,
-  every id of the other side with that form maps to the lowest of them. So an id that is not the lowest of
-  its form has an exact match too, though nothing maps to it.
+  every id of the other side with that form maps to the one that text is written with: the first of them in
+  `TokenForms.by_preference`. So every other id of that form has an exact match too, though nothing maps to it.
 
 The file format has one version number. It goes up with every change that would make older code misread a file, or
-newer code check less of an older one; only the current version is read, for a mapper is built again in a minute.
+newer code check less of an older one, or build another map; only the current version is read, for a mapper is built
+again in a minute.
   1: the arrays, and what they were built for.
   2: the same, with a SHA-256 of it all.
+  3: byte-fallback tokens come behind others of their form, and count in the fingerprints.
 """
 
 import hashlib
@@ -24,7 +26,6 @@ import os
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from get_vocab_mapper.near_strings import nearest_strings, similar_strings
 from get_vocab_mapper.token_forms import ROLES, TokenForms
 
 FORMAT = "cdm-vocab-mapper"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KINDS = ("em", "mined", "prefixem", "published")
 DEFAULT_THRESHOLD = 0.3
 
@@ -49,14 +50,14 @@ def build_command(
     output: str | os.PathLike,
     teacher_forms: TokenForms | None = None,
     student_forms: TokenForms | None = None,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | str = DEFAULT_THRESHOLD,
 ) -> str:
     """The command line that builds a mapper (of kind "em" where a kind has no builder), for messages."""
     words = ["python", f"get_vocab_mapper/{_BUILDERS.get(kind, _BUILDERS['em'])}"]
     words += ["--teacher", "TEACHER" if teacher_forms is None else teacher_forms.name]
     words += ["--student", "STUDENT" if student_forms is None else student_forms.name]
     words += ["--output", str(output)]
-    if threshold != DEFAULT_THRESHOLD:
+    if str(threshold) != str(DEFAULT_THRESHOLD):
         words += ["--simi_threshold", str(threshold)]
     return shlex.join(words)
 
@@ -232,8 +233,10 @@ class VocabMapper:
                     raise ValueError(
                         f"{path} is a safetensors file, but no vocabulary mapper ({held}). Build one: {command}"
                     )
-                command = build_command(metadata.get("kind", kind), output, teacher_forms, student_forms)
-                _check_version(path, metadata.get("format_version", ""), command)
+                sides = metadata.get("kind", kind), output, teacher_forms, student_forms
+                anew = build_command(*sides, threshold=metadata.get("threshold", DEFAULT_THRESHOLD))
+                _check_version(path, metadata.get("format_version", ""), anew)
+                command = build_command(*sides)
                 arrays = {name: file.get_tensor(name) for name in names}
         except (safetensors.SafetensorError, TypeError) as error:
             with open(path, "rb") as file:
@@ -370,7 +373,7 @@ class VocabMapper:
         cost = np.zeros(len(teacher_forms), dtype=np.int64)
         for v in np.flatnonzero(static >= 0):
             cost[v] = Levenshtein.distance(teacher_forms.texts[v], student_forms.texts[static[v]])
-        back = _invert(static, to_student, cost, len(student_forms))
+        back = _invert(teacher_forms, static, to_student, cost, len(student_forms))
         return _assemble(
             "published",
             threshold,
@@ -452,12 +455,12 @@ def build_mined(
     """MinED: every other teacher token that is not special maps to the nearest student token.
 
     Nearest is the smallest Levenshtein distance between the texts, spaces kept; ties go to the smaller
-    difference in length, then the longer common prefix (both in characters), then the lower id. Special
-    student tokens are no candidates. Source: FuseLLM, arXiv 2401.10491. Arguments as for `build_em`.
+    difference in length, then the longer common prefix (both in characters), then the first by preference.
+    Special student tokens are no candidates. Source: FuseLLM, arXiv 2401.10491. Arguments as for `build_em`.
     """
     to_student, to_teacher = exact_matches(teacher_forms, student_forms)
     queries = _unmatched(teacher_forms, to_student)
-    candidates = np.flatnonzero(~student_forms.is_special)
+    candidates = student_forms.by_preference[~student_forms.is_special[student_forms.by_preference]]
     static = to_student.copy()
     distance = np.zeros(len(teacher_forms), dtype=np.int64)
     if len(candidates):
@@ -468,7 +471,8 @@ def build_mined(
         )
         static[queries] = candidates[found[:, 0]]
         distance[queries] = found[:, 1]
-    back = np.where(to_teacher >= 0, to_teacher, _invert(static, to_student, distance, len(student_forms)))
+    inverse = _invert(teacher_forms, static, to_student, distance, len(student_forms))
+    back = np.where(to_teacher >= 0, to_teacher, inverse)
     return _assemble(
         "mined", threshold, teacher_forms, student_forms, static, back, to_student, to_teacher, progress
     )
@@ -482,19 +486,20 @@ def build_prefixem(
 ) -> VocabMapper:
     """PrefixEM: every other teacher token maps to the longest student token that begins it, if there is one.
 
-    That is the longest student form, in bytes, which is a proper prefix of the teacher's; the lowest id where
-    several share that form. Special and empty student tokens are no candidates. Arguments as for `build_em`.
+    That is the longest student form, in bytes, which is a proper prefix of the teacher's; the first id by preference
+    where several share that form. Special and empty student tokens are no candidates. Arguments as for `build_em`.
     """
     to_student, to_teacher = exact_matches(teacher_forms, student_forms)
-    id_of_form = _lowest_ids(student_forms, np.flatnonzero(~student_forms.is_special))
+    id_of_form = _preferred_ids(student_forms, ~student_forms.is_special)
     static = to_student.copy()
     for v in _unmatched(teacher_forms, to_student):
         form = teacher_forms.forms[v]
         prefixes = (form[:length] for length in range(len(form) - 1, 0, -1))
         static[v] = next((id_of_form[prefix] for prefix in prefixes if prefix in id_of_form), -1)
-    # All that map to one student token share the whole of it, so among them the lowest id decides.
+    # All that map to one student token share the whole of it, so among them preference alone decides.
     no_cost = np.zeros(len(teacher_forms), dtype=np.int64)
-    back = np.where(to_teacher >= 0, to_teacher, _invert(static, to_student, no_cost, len(student_forms)))
+    inverse = _invert(teacher_forms, static, to_student, no_cost, len(student_forms))
+    back = np.where(to_teacher >= 0, to_teacher, inverse)
     return _assemble(
         "prefixem", threshold, teacher_forms, student_forms, static, back, to_student, to_teacher, progress
     )
@@ -522,8 +527,9 @@ def _matches_of(
 ) -> np.ndarray:
     matches = np.full(len(side), -1, dtype=np.int32)
     for special in (False, True):
-        there = np.flatnonzero(other.is_special == special)
-        id_of_form = _lowest_ids(other, (u for u in there if u not in other_by_role))
+        takes_part = other.is_special == special
+        takes_part[list(other_by_role)] = False
+        id_of_form = _preferred_ids(other, takes_part)
         for v in np.flatnonzero(side.is_special == special):
             matches[v] = id_of_form.get(side.forms[v], -1)
     for v, u in by_role.items():
@@ -531,14 +537,14 @@ def _matches_of(
     return matches
 
 
-def _lowest_ids(forms: TokenForms, ids: Iterable[int]) -> dict[bytes, int]:
-    """The lowest of the given ids (in growing order) for each form. The empty form, no text, is left out."""
-    lowest: dict[bytes, int] = {}
-    for token_id in ids:
+def _preferred_ids(forms: TokenForms, takes_part: np.ndarray) -> dict[bytes, int]:
+    """The first id by preference of each form, among those that take part (bool [V]). No text, b"", is left out."""
+    preferred: dict[bytes, int] = {}
+    for token_id in forms.by_preference[takes_part[forms.by_preference]].tolist():
         form = forms.forms[token_id]
         if form:
-            lowest.setdefault(form, int(token_id))
-    return lowest
+            preferred.setdefault(form, token_id)
+    return preferred
 
 
 def _unmatched(forms: TokenForms, matches: np.ndarray) -> np.ndarray:
@@ -546,16 +552,18 @@ def _unmatched(forms: TokenForms, matches: np.ndarray) -> np.ndarray:
     return np.flatnonzero((matches < 0) & ~forms.is_special)
 
 
-def _invert(static: np.ndarray, exact: np.ndarray, cost: np.ndarray, student_size: int) -> np.ndarray:
-    """For each student token, the teacher token that maps to it: exact, then lowest cost, then lowest id.
+def _invert(
+    teacher_forms: TokenForms, static: np.ndarray, exact: np.ndarray, cost: np.ndarray, student_size: int
+) -> np.ndarray:
+    """For each student token, the teacher token that maps to it: exact, then lowest cost, then first by preference.
 
     Args:
         static, exact: int32 [V_T], the map to invert and the exact matches.
         cost: int64 [V_T].
     """
-    mapped = np.flatnonzero(static >= 0)
+    mapped = teacher_forms.by_preference[static[teacher_forms.by_preference] >= 0]
     inexact = static[mapped] != exact[mapped]
-    order = np.lexsort((mapped, cost[mapped], inexact))
+    order = np.lexsort((cost[mapped], inexact))  # stable
     back = np.full(student_size, -1, dtype=np.int32)
     best_last = mapped[order[::-1]]
     back[static[best_last]] = best_last  # of several writes to one place the last one stays

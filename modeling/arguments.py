@@ -7,6 +7,7 @@ A script takes flags, or one JSON file of the same names. Everything else that a
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import os
@@ -14,14 +15,24 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 import torch
-from transformers import HfArgumentParser
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.utils import httpx
+from transformers import HfArgumentParser, Trainer, get_scheduler
 from transformers import TrainingArguments as HfTrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    is_azureml_available,
+    is_flytekit_available,
+)
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.utils import is_liger_kernel_available
 
 from modeling.build_locks import clear_stale_locks
+from modeling.errors import first_line
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -98,7 +109,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Training examples: a JSON array or one JSON object a line, with prefix and text (or instruction, "
-            "input, output; or prompt, completion; or prompt, output). Needed by --do_train."
+            "input, output, system, history; or prompt, completion; or prompt, output). Needed by --do_train."
         },
     )
     validation_file: str | None = field(
@@ -124,6 +135,8 @@ class DataArguments:
 @dataclass
 class DistillationArguments:
     """The teacher, and how much it counts."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("kd_loss",)  # that an evaluation gives besides those of `TrainingArguments`
 
     teacher_path: str = field(
         metadata={"help": "The teacher: a hub name, or a folder with model and tokenizer. Required."}
@@ -211,6 +224,8 @@ class SoftDistillationArguments(DistillationArguments):
 class TrainingArguments(HfTrainingArguments):
     """transformers' own, with the defaults of this project where they differ."""
 
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "ce_loss", "perplexity", "bits_per_byte")  # of every evaluation
+
     # Not even for logging is a NaN or an infinite loss replaced by another number.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and infinite losses out of the logged mean."}
@@ -263,15 +278,87 @@ class TrainingArguments(HfTrainingArguments):
         for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs"):
             _check_json(name, getattr(self, name))
         super().__post_init__()
+        self._check_packages()
+        if self.do_train:
+            self._check_schedule()
+        self._check_devices()
+        for name, remedy in (
+            ("logits_chunk", "where no rank holds the student's whole head, or train with ZeRO-2"),
+            (
+                "merge_lora",
+                "where no rank holds the whole student. Train with ZeRO-2, or merge afterwards: "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(OUTPUT).merge_and_unload()",
+            ),
+        ):
+            value = getattr(self, name)
+            check(
+                not (value and self.deepspeed and self.hf_deepspeed_config.is_zero3()),
+                *(name, value, f"leave it out under ZeRO-3, {remedy}"),
+            )
+
+    def _check_packages(self) -> None:
+        """What a flag needs and is not installed, as transformers would say it after the models are loaded."""
         known = sorted(INTEGRATION_TO_CALLBACK)
         for place in self.report_to:
             check(place in known, "report_to", place, f"give none, all, or some of {', '.join(known)}")
+            found = {"azure_ml": is_azureml_available(), "flyte": is_flytekit_available()}  # not always in the list
+            check(
+                found.get(place) or place in get_available_reporting_integrations(),
+                *("report_to", place, "it is not installed here. Install it, or give none or tensorboard"),
+            )
         check(
-            not self.fp16 or self.device.type != "cpu",
+            not self.use_liger_kernel or is_liger_kernel_available(),
+            *("use_liger_kernel", True, "liger-kernel is not installed. Install it, or leave the flag out"),
+        )
+        if self.do_train:
+            try:
+                Trainer.get_optimizer_cls_and_kwargs(self)
+            except (ImportError, ValueError) as error:
+                # Some optimizers are made for a model, and ask for it.
+                if isinstance(error, ImportError) or "pass a" not in str(error):
+                    settings = f" --optim_args {self.optim_args}" if self.optim_args else ""
+                    raise ValueError(f"--optim {self.optim.value}{settings}: {first_line(error)}.") from None
+
+    def _check_schedule(self) -> None:
+        """Makes the schedule of the learning rate on nothing: what is wrong with its settings shows now."""
+        kind, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs or {}
+        steps = self.max_steps if self.max_steps > 0 else 1000
+        parameters = dict(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
+        for given in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"):
+            parameters.pop(given, None)
+        takes_any = parameters.pop("kwargs", None) is not None  # it hands them on
+        needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        unknown = [] if takes_any else [name for name in settings if name not in parameters]
+        missing = [name for name in needed if name not in settings]
+        reason = "; ".join([f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown])
+        if not reason:
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+            try:
+                schedule = get_scheduler(kind, optimizer, self.get_warmup_steps(steps), steps, settings)
+                for factor in getattr(schedule, "lr_lambdas", []):
+                    factor(steps - 1)
+            except (TypeError, ValueError, ArithmeticError) as error:
+                reason = first_line(error)
+        takes = f" The settings of {kind.value}: {', '.join(parameters)}." if parameters else ""
+        if reason:
+            raise ValueError(
+                f"--lr_scheduler_type {kind.value} with --lr_scheduler_kwargs {json.dumps(settings)}: {reason}.{takes}"
+            )
+
+    def _check_devices(self) -> None:
+        """Raises ValueError where the processes and devices are not what the flags and the launcher seem to mean."""
+        on_cpu = self.device.type == "cpu"
+        check(
+            not self.fp16 or not on_cpu,
             "fp16",
             True,
             "on a CPU it would be ignored, and training run in float32. Give --bf16 true, or leave it out",
         )
+        if on_cpu and self.wants_fsdp:
+            raise ValueError(
+                "--fsdp (or accelerate's FSDP) is not in force on a CPU: every rank would hold the whole student. "
+                "Leave it out, or shard with --deepspeed config/deepspeed_zero3_config.json."
+            )
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != self.world_size:
             raise ValueError(
@@ -286,19 +373,11 @@ class TrainingArguments(HfTrainingArguments):
             )
         if self.deepspeed and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
             raise ValueError("ACCELERATE_USE_CPU makes accelerate ignore --deepspeed. Unset it; use --use_cpu true.")
-        check(
-            not (self.logits_chunk and self.deepspeed and self.hf_deepspeed_config.is_zero3()),
-            "logits_chunk",
-            self.logits_chunk,
-            "leave it out under ZeRO-3, where no rank holds the student's whole head, or train with ZeRO-2",
-        )
-        check(
-            not (self.merge_lora and self.deepspeed and self.hf_deepspeed_config.is_zero3()),
-            "merge_lora",
-            True,
-            "leave it out under ZeRO-3, where no rank holds the whole student. Train with ZeRO-2, or merge afterwards: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(OUTPUT).merge_and_unload()",
-        )
+
+    @property
+    def wants_fsdp(self) -> bool:
+        """By a flag of its own, or by accelerate's configuration."""
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
     def _check_numbers(self) -> None:
         """What torch and transformers find out late, or never (a NaN)."""
@@ -340,6 +419,35 @@ def _check_json(name: str, value: object) -> None:
         check(known, name, value, "give a JSON object, '{\"name\": value}'")
 
 
+# Arguments of transformers' and its examples' that are no more, or never were here, and what takes their place.
+REPLACED = {
+    "adafactor": "Give --optim adafactor",
+    "config_name": "Leave it out, the configuration is read from the model's folder",
+    "evaluation_strategy": "Give --eval_strategy",
+    "fp16_backend": "Leave it out, PyTorch's own mixed precision is used",
+    "fp16_opt_level": "Leave it out, PyTorch's own mixed precision is used",
+    "fsdp_transformer_layer_cls_to_wrap": "Shard with --deepspeed CONFIG",
+    "group_by_length": "Give --train_sampling_strategy group_by_length",
+    "half_precision_backend": "Leave it out, PyTorch's own mixed precision is used",
+    "logging_dir": "Set TENSORBOARD_LOGGING_DIR in the environment; without it, the log is in the output folder",
+    "no_cuda": "Give --use_cpu true",
+    "overwrite_output_dir": "Leave it out: a run resumes from the checkpoints in its --output_dir, and "
+    "--resume_from_checkpoint false starts over",
+    "per_gpu_eval_batch_size": "Give --per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "Give --per_device_train_batch_size",
+    "push_to_hub_model_id": "Give --hub_model_id",
+    "push_to_hub_organization": "Give --hub_model_id ORGANIZATION/NAME",
+    "push_to_hub_token": "Give --hub_token, or log in with hf auth login",
+    "save_safetensors": "Leave it out, models are always saved so",
+    "sharded_ddp": "Shard with --deepspeed CONFIG",
+    "tokenizer_name": "Leave it out, the tokenizer is read from the model's folder",
+    "torch_dtype": "Give --dtype for the student, --teacher_dtype for the teacher",
+    "use_fast_tokenizer": "Leave it out, tokenizers are always fast ones",
+    "use_mps_device": "Leave it out, the device is found",
+    "warmup_ratio": "Give --warmup_steps a number below 1, the share of all steps",
+}
+
+
 class ArgumentParser(HfArgumentParser):
     """Ends a script with status 2 and one line: no usage of 200 lines, no second spelling of each flag."""
 
@@ -353,6 +461,9 @@ class ArgumentParser(HfArgumentParser):
         """What to say of flags that are none."""
         sentences = []
         for flag in flags:
+            if instead := REPLACED.get(flag.lstrip("-")):
+                sentences.append(f"unknown argument {flag}. {instead}.")
+                continue
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             near += [known for known in self._option_string_actions if known.startswith(flag)]
             hint = f"Did you mean {near[0]}?" if near else "--help lists all."
@@ -392,12 +503,21 @@ def parse_arguments(dataclass_types: list[type], description: str, argv: list[st
 def notes(*groups: object) -> list[str]:
     """What is legal and hardly meant, for the one process that speaks for all."""
     given = {name: value for group in groups for name, value in vars(group).items()}
-    if given.get("kd_alpha") == 1 and all(group.should_log for group in groups if isinstance(group, TrainingArguments)):
-        return [
+    training = [group for group in groups if isinstance(group, TrainingArguments)]
+    if not all(group.should_log for group in training):
+        return []
+    told = []
+    if given.get("kd_alpha") == 1:
+        told.append(
             "--kd_alpha is 1: the teacher teaches nothing, and this is plain SFT. modeling/run_clm_sft.py does the "
             "same without a teacher's memory and time; give a smaller number to distil."
-        ]
-    return []
+        )
+    if any(group.wants_fsdp for group in training):
+        told.append(
+            "--fsdp: this project is not tested with FSDP. What it shards with, and resumes from, is DeepSpeed: "
+            "--deepspeed config/deepspeed_config.json, or config/deepspeed_zero3_config.json."
+        )
+    return told
 
 
 def _same_folder(path: str, other: str) -> bool:
@@ -456,6 +576,27 @@ def check_together(*groups: object) -> None:
         True,
         "give --use_lora true too, there is nothing to merge",
     )
+    metric, metrics = given["metric_for_best_model"], sorted(n for g in groups for n in getattr(g, "metrics", ()))
+    check(
+        metric is None or metric.removeprefix("eval_") in metrics,
+        *("metric_for_best_model", metric, f"an evaluation gives {', '.join(metrics)}. Give one of them"),
+    )
+    if given["push_to_hub"] and int(os.environ.get("RANK", "0")) == 0:
+        _check_hub(given["hub_token"])
+
+
+def _check_hub(token: str | None) -> None:
+    """Raises ValueError where the hub cannot be reached, or knows no account that this is."""
+    try:
+        if is_offline_mode():
+            raise OSError("HF_HUB_OFFLINE is set")
+        HfApi().whoami(token=token)
+    except (OSError, httpx.HTTPError) as error:
+        raise ValueError(
+            f"--push_to_hub is True: the hub cannot be written to ({first_line(error)}). Where there is a network, "
+            "log in with hf auth login, or give --hub_token; else leave the flag out, and push the trained folder "
+            "later: hf upload NAME FOLDER."
+        ) from None
 
 
 def _flags_of_json(path: Path, parser: ArgumentParser) -> list[str]:

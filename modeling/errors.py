@@ -17,6 +17,12 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message says what, where, why, and what to do about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, as a part of a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(" .:") + (" …" if len(lines) > 1 or len(lines[0]) > 300 else "")
+
+
 @contextlib.contextmanager
 def user_input(what: str = "") -> Iterator[None]:
     """Around code that fails for the user's input alone: its ValueErrors and OSErrors become InputErrors.

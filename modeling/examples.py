@@ -24,10 +24,12 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -38,51 +40,110 @@ from rapidfuzz.process import cdist
 
 from get_vocab_mapper.token_forms import TokenForms, token_forms
 from modeling.errors import InputError, user_input
-from modeling.json_array import elements
+from modeling.json_array import elements, ends_too_early
 
 IGNORED = -100  # the label of a token that no loss reads, as everywhere in transformers
+BEFORE_SPACE = re.compile(r"\S*")
 
 
 # ------------------------------------------------------------------------------------------------ rows of a file
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The Alpaca template up to and including the newline before the response."""
+def alpaca_prompt(instruction: str, input: str = "", system: str = "", history: Sequence[Sequence[str]] = ()) -> str:
+    """The Alpaca template up to and including the newline before the response.
+
+    Args:
+        system: stands in front of it all.
+        history: earlier pairs of an instruction and its response, which come before the instruction.
+    """
+    front = f"{system}\n\n" if system else ""
     context = ", paired with an input that provides further context" if input else ""
     input_section = f"### Input:\n{input}\n\n" if input else ""
+    earlier = "".join(f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in history)
     return (
-        f"Below is an instruction that describes a task{context}. "
+        f"{front}Below is an instruction that describes a task{context}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n{input_section}### Response:\n"
+        f"{earlier}### Instruction:\n{instruction}\n\n{input_section}### Response:\n"
     )
 
 
-# The columns a row may have, tried in this order: (columns that must be there, how they become prefix and text).
+def _alpaca_row(row: dict) -> tuple[str, str]:
+    given = {column: row[column] for column in ("system", "history") if _is_filled(row.get(column))}
+    if row.get("input"):
+        given["input"] = row["input"]
+    pairs = given.get("history", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("column 'history' holds something else than pairs of an instruction and its response")
+    for column, value in given.items():
+        for text in chain(*pairs) if column == "history" else (value,):
+            _require_text(column, text)
+    return alpaca_prompt(row["instruction"], **given), row["output"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns that make a row: those that must be there, and how they become `(prefix, text)`."""
+
+    columns: tuple[str, str]
+    convert: Callable[[dict], tuple[str, str]]
+    optional: tuple[str, ...] = ()
+
+
+# The columns that a row may have, tried in this order.
 LAYOUTS = (
-    (("prefix", "text"), lambda row: (row["prefix"], row["text"])),
-    (("instruction", "output"), lambda row: (alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"])),
-    (("prompt", "completion"), lambda row: (row["prompt"], row["completion"])),
-    (("prompt", "output"), lambda row: (row["prompt"], row["output"])),
+    Layout(("prefix", "text"), lambda row: (row["prefix"], row["text"])),
+    Layout(("instruction", "output"), _alpaca_row, optional=("input", "system", "history")),
+    Layout(("prompt", "completion"), lambda row: (row["prompt"], row["completion"])),
+    Layout(("prompt", "output"), lambda row: (row["prompt"], row["output"])),
 )
+# Columns that change what a row says, in the formats of chat, preference and multimodal data. A row that has one filled
+# is not trained on without it.
+CHANGE_THE_MEANING = (
+    *("system", "system_prompt", "history", "messages", "conversation", "conversations", "tools"),
+    *("image", "images", "video", "videos", "audio", "audios", "chosen", "rejected"),
+)
+# What data/prepare_data.py makes training rows of.
+RAW_COLUMNS = {("question", "answer"): "gsm8k", ("instruction", "response"): "dolly", ("text", "code"): "code"}
 
 
 def prefix_and_text(row: object) -> tuple[str, str]:
-    """`(prefix, text)` of one row. Raises ValueError saying which column is missing, or holds no text.
+    """`(prefix, text)` of one row. Raises ValueError saying which column is missing, holds no text, or is not read.
 
     A list of references under `output` (evaluation files) gives its first.
     """
     if not isinstance(row, dict):
         raise ValueError(f"it is a JSON {_kind(row)}, not an object with named columns")
-    for columns, convert in LAYOUTS:
-        if all(column in row for column in columns):
-            row = {**row, **{c: row[c][0] for c in columns if isinstance(row[c], list) and row[c]}}
-            for column in (*columns, "input"):
-                if column in row and not (column == "input" and not row[column]):
-                    _require_text(column, row[column])
-            return convert(row)
-    known = "; ".join(" + ".join(columns) for columns, _ in LAYOUTS)
+    for layout in LAYOUTS:
+        if all(column in row for column in layout.columns):
+            row = {**row, **{c: row[c][0] for c in layout.columns if isinstance(row[c], list) and row[c]}}
+            for column in layout.columns:
+                _require_text(column, row[column])
+            require_nothing_unread(row, layout.columns, layout.optional)
+            return layout.convert(row)
+    known = "; ".join(" + ".join(layout.columns) for layout in LAYOUTS)
     named = ", ".join(map(repr, sorted(row)[:COLUMNS_NAMED])) + (", …" if len(row) > COLUMNS_NAMED else "")
-    raise ValueError(f"it has the columns {named or '(none)'}, and none of these pairs: {known}")
+    raw = next((command for columns, command in RAW_COLUMNS.items() if all(c in row for c in columns)), None)
+    remedy = f". python data/prepare_data.py {raw} --source FILE --output NEW.jsonl makes rows of it" if raw else ""
+    raise ValueError(f"it has the columns {named or '(none)'}, and none of these pairs: {known}{remedy}")
+
+
+def require_nothing_unread(row: dict, columns: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Raises ValueError where a column that is not among those read, and is not empty, changes what the row says."""
+    unread = (*CHANGE_THE_MEANING, *(["context"] if "instruction" in columns else []))
+    for column in unread:
+        if column not in (*columns, *optional) and _is_filled(row.get(column)):
+            remedy = "call it 'input'" if column == "context" else "write it into the prompt"
+            raise ValueError(f"column {column!r} is not empty, and is not read: {remedy}, or delete the column")
+    # Of TRL's and LLaMA-Factory's rows for KTO.
+    unwanted = row.get("kto_tag") is False or ("completion" in columns and row.get("label") is False)
+    if unwanted:
+        raise ValueError("its response is marked as one that is not wanted (column 'label' or 'kto_tag' is false)")
+
+
+def _is_filled(value: object) -> bool:
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}")
+    return bool(value) and value == value  # pandas writes NaN where there is nothing
 
 
 COLUMNS_NAMED = 8  # how many columns a message names
@@ -178,8 +239,7 @@ def _values_of_array(file: TextIO, path: Path) -> Iterator[tuple[int, object]]:
     try:
         yield from enumerate(elements(file), 1)
     except json.JSONDecodeError as error:
-        ends_there = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
-        remedy = "The file ends too early: copy it again" if ends_there else "Repair the array there"
+        remedy = "The file ends too early: copy it again" if ends_too_early(error) else "Repair the array there"
         raise InputError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). {remedy}."
         ) from None
@@ -302,27 +362,29 @@ class Encoder:
         Token forms give this exactly wherever, joined, they are the text (or the text behind a SentencePiece dummy
         space). A byte that no token holds is dropped by a byte-level tokenizer, whose offsets are wrong from there on:
         it belongs to the token in front. Where the tokenizer's normaliser has changed the text, the tokenizer's
-        character offsets anchor the forms.
+        character offsets anchor the forms. One case is left inexact: neighbouring characters that the normaliser has
+        composed (decomposed Hangul under NFC) and a Unigram model writes with byte tokens, all of which it reports with
+        the offsets of the whole run.
         """
         if not len(ids):
             return np.zeros(0, dtype=np.int64)
         text = whole.encode("utf-8", "surrogatepass")
-        held = np.flatnonzero(~np.isin(bytearray(text), bytearray(self._dropped_bytes)))
         ends = np.cumsum(self.forms.lengths[ids], dtype=np.int64)
-        dummy = int(ends[-1]) - len(held)
-        if dummy in (0, 1):
-            joined = b"".join([self.forms.forms[i] for i in ids])
-            if joined[dummy:] == text.translate(None, self._dropped_bytes) and joined[:dummy] in (b"", b" "):
-                return np.append(held, len(text))[ends - dummy]
+        joined = b"".join([self.forms.forms[i] for i in ids])
+        for dropped in (b"", self._dropped_bytes):
+            kept = text.translate(None, dropped)
+            if joined in (kept, b" " + kept):
+                held = np.flatnonzero(~np.isin(bytearray(text), bytearray(dropped)))
+                return np.append(held, len(text))[ends - (len(joined) - len(kept))]
 
         byte_at = np.zeros(len(whole) + 1, dtype=np.int64)
         np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in whole], out=byte_at[1:])
         starts, stops = offsets[:, 0], offsets[:, 1].copy()
         # Between two tokens may lie characters that the normaliser dropped or merged: a combining mark belongs to the
-        # token in front of it, white space to the one behind it, as elsewhere.
+        # token in front of it, white space and all behind it to the next one (XLNet makes `"` of the `''` in "a ''b").
         following = np.append(starts[1:], len(whole))
         for i in np.flatnonzero(following > stops):
-            stops[i] += len(whole[stops[i] : following[i]].rstrip())
+            stops[i] = BEFORE_SPACE.match(whole, stops[i], following[i]).end()
         # A token that stops inside a character (the next one starts before its end) is placed by its own bytes,
         # counted from the last token that stopped between two characters, and within that character.
         between = following >= stops

@@ -6,6 +6,7 @@ Everything here is the same for every method.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import sys
@@ -29,6 +30,7 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling.arguments import DataArguments, DistillationArguments, StudentArguments, TrainingArguments
@@ -45,7 +47,7 @@ from modeling.checkpoints import (
     target_names,
 )
 from modeling.distillation_trainer import ResponseTrainer
-from modeling.errors import InputError, user_input
+from modeling.errors import InputError, first_line, user_input
 from modeling.examples import Encoder, prepare_example, read_rows, require_json_file
 from modeling.pretrained import adapter_config, load_config, load_encoder, load_model, merged
 from modeling.teacher_cache import Settings, SignalCache, weights_digest
@@ -53,7 +55,7 @@ from modeling.teachers import LiveTeacher, StoredTeacher, Teacher, examples_of, 
 
 logger = logging.getLogger(__name__)
 
-PREPARATION_VERSION = "2"  # raise it when prepare_example gives other columns for the same row
+PREPARATION_VERSION = "4"  # raise it when a row of a file gives other columns of prepare_example
 
 
 def start(args: TrainingArguments, data_args: DataArguments) -> None:
@@ -196,7 +198,27 @@ def _with_lora(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
+        adaptable = " ".join(_adaptable_layers(model))
+        remedy = f"Give some of those that can be adapted: --lora_target_modules {adaptable}" if adaptable else ""
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}. {remedy}") from error
+
+
+def _adaptable_layers(model: PreTrainedModel) -> list[str]:
+    """The names of linear layers that peft adapts. It is asked for each of them, on a copy without weights."""
+
+    def bare() -> PreTrainedModel:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(model.config))
+
+    empty = bare()
+    head = empty.get_output_embeddings()
+    linear = [name for name, m in empty.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    adaptable = []
+    for name in sorted({name.rpartition(".")[2] for name in linear}):
+        with contextlib.suppress(ValueError):
+            get_peft_model(bare(), LoraConfig(task_type="CAUSAL_LM", target_modules=[name]))
+            adaptable.append(name)
+    return adaptable
 
 
 def load_teacher(

@@ -14,8 +14,8 @@ SPACE = re.compile(r"[ \t\r\n]*")
 def elements(file: TextIO, block: int = BLOCK) -> Iterator[object]:
     """The elements of the array in a file, of which no more is in memory than a block and one element.
 
-    Raises json.JSONDecodeError as `json.load` does, line and column counted from the beginning of the file. Where the
-    file ends too early, nothing but white space is behind the error's `pos` in its `doc`.
+    Raises json.JSONDecodeError as `json.load` does, line and column counted from the beginning of the file. Whether the
+    file ends too early, `ends_too_early` says.
     """
     text = _Text(file, block)
     text.mark()
@@ -33,6 +33,22 @@ def elements(file: TextIO, block: int = BLOCK) -> Iterator[object]:
                 break
     if text.mark():
         raise text.wrong("Extra data", text.place)
+
+
+def ends_too_early(error: json.JSONDecodeError) -> bool:
+    """Whether nothing is wrong with the document but that it ends. (The error's words differ from Python to Python.)"""
+    return _in_open_string(error) or not error.doc[error.pos :].strip()
+
+
+def _in_open_string(error: json.JSONDecodeError) -> bool:
+    """Whether a string begins at the error's place that the document does not end."""
+    if not error.doc.startswith('"', error.pos):
+        return False
+    try:
+        json.decoder.scanstring(error.doc, error.pos + 1)
+    except json.JSONDecodeError as within:
+        return within.pos == error.pos
+    return False
 
 
 class _Text:
@@ -68,7 +84,7 @@ class _Text:
                 value, end = self.decode(self.buffer, self.place)
             except json.JSONDecodeError as error:
                 # Cut off by the end of the buffer, or wrong?
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
+                cut_off = _in_open_string(error) or error.pos > len(self.buffer) - 16
                 if self.whole or not cut_off:
                     raise self.wrong(error.msg, error.pos) from None
             else:

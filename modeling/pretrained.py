@@ -6,11 +6,12 @@ Weights come from safetensors files alone: a pickle can run code when it is load
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,12 +30,20 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import gather_params_ctx
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from modeling.arguments import StudentArguments
-from modeling.errors import InputError, user_input
+from modeling.errors import InputError, first_line, user_input
 from modeling.examples import Encoder
 
 logger = logging.getLogger(__name__)
@@ -68,6 +77,7 @@ def load_config(path: str, flag: str, args: StudentArguments) -> PreTrainedConfi
     with _told(f"{what}: its configuration cannot be loaded", path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     _require_causal(config, what)
+    _require_packages(config, what, args)
     return config
 
 
@@ -240,16 +250,29 @@ def _require_model_folder(folder: Path, what: str) -> None:
     configs = {"config.json", "adapter_config.json"} & set(names)
     if not configs:
         checkpoints = [name for name in names if (folder / name / "config.json").is_file()]
+        _refuse_gguf(what, folder, names)
         hint = f" There is a model in its folder {checkpoints[-1]}." if checkpoints else ""
         raise InputError(
             f"{what}: the folder has no config.json, so it is no model's: it holds {', '.join(names[:6]) or 'nothing'}"
             f"{', …' if len(names) > 6 else ''}. Give the folder that save_pretrained wrote.{hint}"
         )
     if not any(name.endswith(".safetensors") for name in names):
+        _refuse_gguf(what, folder, names)
         pickles = [name for name in names if name.endswith(PICKLES) and name != "training_args.bin"]
         if pickles:
             raise InputError(f"{what}: its weights are a pickle ({pickles[0]}), and {SAFETENSORS_ONLY}.")
         raise InputError(f"{what}: the folder has no weights (no .safetensors file). Was it copied whole?")
+
+
+def _refuse_gguf(what: str, folder: str | Path, names: Iterable[str]) -> None:
+    """Raises InputError where a file of these is in GGUF, saying how it becomes a model that is taken."""
+    for name in names:
+        if name.lower().endswith(".gguf"):
+            raise InputError(
+                f"{what}: its weights are in GGUF ({name}), which is no format to train with or to teach from. Convert "
+                f'them once: AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{name}")'
+                '.save_pretrained("NEW_FOLDER"), and the same with AutoTokenizer; then give NEW_FOLDER.'
+            )
 
 
 def _require_on_hub(name: str, what: str) -> None:
@@ -259,6 +282,7 @@ def _require_on_hub(name: str, what: str) -> None:
     for each of them again and again.
     """
     if Path(name).exists():
+        _refuse_gguf(what, Path(name).parent, [Path(name).name])
         raise InputError(f"{what} is a file. Give the folder that it is in.")
     no_folder = f"{what}: there is no such folder"
     try:
@@ -269,7 +293,9 @@ def _require_on_hub(name: str, what: str) -> None:
     except HFValidationError:
         raise InputError(f"{no_folder}. Check the path; a relative one starts at {Path.cwd()}.") from None
     except EntryNotFoundError:
-        return  # the model is there, without this file: an adapter
+        # The model is there, without this file: an adapter, or GGUF files, which are by custom in the name.
+        if "gguf" in name.lower():
+            _refuse_gguf(what, name, ["FILE.gguf"])
     except GatedRepoError as error:
         raise InputError(
             f"{what}: the model is gated, and this account has no access to it. Ask for access at "
@@ -313,6 +339,37 @@ def _require_causal(config: PreTrainedConfig, what: str) -> None:
         )
 
 
+def _require_packages(config: PreTrainedConfig, what: str, args: StudentArguments) -> None:
+    """Raises InputError where the weights' quantisation, or the attention that was asked for, is not to be had here.
+
+    transformers itself is asked, as it asks itself when it loads the weights.
+    """
+    quantization = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if quantization is not None:
+        try:
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
+            quantizer.validate_environment(device_map="auto", weights_only=True)
+        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{what}: its weights are quantised, and that cannot be read here: {first_line(error)}. Install what "
+                "is missing, or give the model that was not quantised."
+            ) from error
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None where the model brings code of its own
+    if args.attn_implementation and isinstance(model_class, type):
+        config = copy.deepcopy(config)
+        config._attn_implementation = args.attn_implementation
+        try:
+            with torch.device("meta"):
+                model_class(config)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"--attn_implementation {args.attn_implementation}: {what} cannot be run with it here: "
+                f"{first_line(error)}. Leave it out, or give sdpa or eager."
+            ) from error
+
+
 @contextlib.contextmanager
 def _told(what: str, path: str) -> Iterator[None]:
     """What transformers raises for bad files becomes an InputError of a line; other exceptions stay what they are."""
@@ -332,9 +389,8 @@ def _told(what: str, path: str) -> Iterator[None]:
             reason = "it has no tokenizer.json, and none can be made of what is there. Copy the tokenizer's files to it"
         elif isinstance(error, (json.JSONDecodeError, KeyError, SafetensorError)) or type(error) is Exception:
             reason = f"a file is damaged, or no more than a pointer of Git LFS ({error}). Copy the files again"
-        elif isinstance(error, (OSError, ValueError)):
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0][:300].rstrip(" .:") + (" …" if len(lines) > 1 or len(lines[0]) > 300 else "")
+        elif isinstance(error, (OSError, ValueError, ImportError)):
+            reason = first_line(error)
         else:
             raise
         raise InputError(f"{what}: {reason}.") from error

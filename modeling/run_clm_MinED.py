@@ -17,6 +17,7 @@ in groups of one token a side), aligned (student tokens whose group covers the s
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ from modeling.experiment import load_data, load_student, load_teacher, look_at_m
 @dataclass
 class MinEDArguments:
     """What is MinED's own."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("distilled", "one_to_one", "aligned")
 
     teacher_to_student_id_mapping: str = field(
         metadata={

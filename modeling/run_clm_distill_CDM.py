@@ -111,6 +111,12 @@ class CDMArguments:
             *("cross_weight", self.cross_weight, "give --same_tokenizer_teacher_path too, to have two KDs to weigh"),
         )
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation gives besides those of all methods."""
+        of_two = ("kd_cdm_loss", "kd_fkd_loss") if self.same_tokenizer_teacher_path is not None else ()
+        return (*of_two, "mapped_rate", "teacher_mass", "one_to_one", "aligned")
+
 
 class CDMTrainer(DistillationTrainer):
     """CDM over the groups of every response.

@@ -13,6 +13,7 @@ Logged beside the losses: paired (the share of student tokens that have a teache
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from modeling.experiment import load_data, load_student, load_teacher, look_at_m
 
 @dataclass
 class ULDArguments(DistillationArguments):
+    metrics: ClassVar[tuple[str, ...]] = (*DistillationArguments.metrics, "paired")
+
     kd_temperature: float = field(
         default=1.0, metadata={"help": "Both sides' logits are divided by it before the softmax. Above 0."}
     )

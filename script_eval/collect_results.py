@@ -20,6 +20,7 @@ from eval_records import (
     text_table,
     write_results,
 )
+from score_rouge import not_scored
 
 SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")  # the protocol's order
 OF_A_FILE = ("model", "seed", "data", "data_sha256", "limit")  # settings that may differ between generations
@@ -50,17 +51,21 @@ def instructions(folder: Path, model: str, sets: list[str], seeds: list[int]) ->
     if not there:
         raise ValueError(f"None of the sets is there: {' '.join(missing)}. Set DATA_DIR.")
     found = {name: {str(seed): read_json(p) for seed, p in zip(seeds, scores_of(name))} for name in there}
+    tokenizer = one_tokenizer(found)
+    first = {name: next(iter(by_seed.values())) for name, by_seed in found.items()}
     scores = {
         name: {
             metric: summary({seed: values[metric] for seed, values in by_seed.items()})
             for metric in ("rouge_l", "exact_match", "tokens", "unfinished", "cut_prompts")
+            if first[name][metric] is not None
         }
         for name, by_seed in found.items()
     }
-    counts = {name: next(iter(by_seed.values()))["count"] for name, by_seed in found.items()}
+    counts = {name: of_set["count"] for name, of_set in first.items()}
     files = {name: read_json(folder / name / f"{seeds[0]}.settings.json") for name in there}
     settings = one_for_all([folder / name / f"{seed}.settings.json" for name in there for seed in seeds])
     settings["sets"] = {name: {key: files[name][key] for key in ("data", "data_sha256", "limit")} for name in there}
+    settings["rouge_tokenizer"] = tokenizer
     environment = read_json(folder / there[0] / f"{seeds[0]}.environment.json")
     write_results(
         folder,
@@ -70,6 +75,7 @@ def instructions(folder: Path, model: str, sets: list[str], seeds: list[int]) ->
         seeds=seeds,
         missing=missing,
         settings={**settings, "device": environment["device"]},
+        without_rouge_l={name: of_set["without_rouge_l"] for name, of_set in first.items()},
     )
     rows = [["", "ROUGE-L", "exact match", "rows", "tokens", "without EOS"]]
     for name in sets:
@@ -77,13 +83,25 @@ def instructions(folder: Path, model: str, sets: list[str], seeds: list[int]) ->
             rows.append([name, "missing", *[""] * 4])
             continue
         of_set = scores[name]
-        cells = [mean_and_std(of_set[metric]) for metric in ("rouge_l", "exact_match")]
+        cells = [mean_and_std(of_set[m]) if m in of_set else "missing" for m in ("rouge_l", "exact_match")]
         unfinished = f"{100 * of_set['unfinished']['mean'] / counts[name]:.0f} %"
         rows.append([name, *cells, str(counts[name]), f"{of_set['tokens']['mean']:.0f}", unfinished])
     habits = "with DSKD's two habits" if settings["dskd_compat"] else "n-gram blocking off"
     how = "greedy" if settings["greedy"] else f"sampled, mean ± standard deviation over {len(seeds)} seeds"
     note = f"{how}; {habits}, prompts cut on the {settings['prompts_cut_on']}"
-    return f"{text_table(rows)}\n{note}"
+    if settings["rouge_tokenizer"] == "unicode":
+        note += "; ROUGE-L of words and characters of any script, without a stemmer"
+    missing_rows = [f"\n{name}: {said}" for name, of_set in first.items() if (said := not_scored(of_set))]
+    return f"{text_table(rows)}\n{note}{''.join(missing_rows)}"
+
+
+def one_tokenizer(found: dict[str, dict[str, dict]]) -> str:
+    """The tokenizer of all these ROUGE-L scores. Raises ValueError where they differ."""
+    of_set = {n: s.get("rouge_tokenizer", "unknown") for n, by_seed in found.items() for s in by_seed.values()}
+    if len(set(of_set.values())) > 1:
+        told = ", ".join(f"{name} {tokenizer}" for name, tokenizer in of_set.items())
+        raise ValueError(f"The sets were scored with different tokenizers ({told}). Name all of them in SETS.")
+    return next(iter(of_set.values()))
 
 
 def code(folder: Path, model: str, datasets: list[str], min_time_limit: float) -> str:

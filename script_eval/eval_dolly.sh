@@ -22,12 +22,15 @@ TEMPERATURE=${TEMPERATURE:-1.0}
 TOP_P=${TOP_P:-1.0}
 TOP_K=${TOP_K:-0}                                           # 0 = off
 DSKD_COMPAT=${DSKD_COMPAT:-0}                               # 1: no 6-gram repeated, prompts cut on the right
+ROUGE_TOKENIZER=${ROUGE_TOKENIZER:-rouge_score}             # or unicode, for text in other letters than a to z
 BATCH_SIZE=${BATCH_SIZE:-16}                                # prompts a device and forward
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
 
 read -ra sets <<<"$SETS"
 read -ra seeds <<<"$SEEDS"
 [[ $DSKD_COMPAT != 1 ]] || set -- --dskd_compat "$@"
+[[ $ROUGE_TOKENIZER =~ ^(rouge_score|unicode)$ ]] ||
+    die "ROUGE_TOKENIZER=$ROUGE_TOKENIZER is none of rouge_score, unicode."
 
 # Prints the file of a set; DSKD keeps those with long responses in a subfolder 11_.
 file_of() {
@@ -55,9 +58,9 @@ for set in "${sets[@]}"; do
     for seed in "${seeds[@]}"; do
         generations=$OUTPUT/$set/$seed.jsonl
         scores=$OUTPUT/$set/$seed.scores.json
-        if [[ ! -e $scores || $generations -nt $scores ]]; then
+        if [[ $generations -nt $scores ]] || ! grep -qs "\"rouge_tokenizer\": \"$ROUGE_TOKENIZER\"" "$scores"; then
             run "$PYTHON" "$EVAL_DIR/score_rouge.py" --data "$data" --generations "$generations" --output "$scores" \
-                ${limit:+--limit "$limit"}
+                --rouge_tokenizer "$ROUGE_TOKENIZER" ${limit:+--limit "$limit"}
         fi
     done
 done

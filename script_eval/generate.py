@@ -48,6 +48,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.hf_argparser import string_to_bool
 
 from modeling import pretrained
 from modeling.arguments import StudentArguments
@@ -308,7 +309,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's.")
     add("--use_cpu", action="store_true", help="Leave accelerators alone.")
-    add("--trust_remote_code", action="store_true", help="Run the Python code that a hub model carries.")
+    add(
+        "--trust_remote_code",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="true: run the Python code that a hub model carries. Default false.",
+    )
     args = parser.parse_args(argv)
     if args.max_prompt_length is None:
         args.max_prompt_length = args.max_length // 2

@@ -4,6 +4,9 @@
 
 ROUGE-L is the F-measure of `rouge_score` with its stemmer; exact match compares after lower-casing and removing
 punctuation and surplus white space. Of several references the best counts. The mean is over the rows.
+
+`rouge_score` reads the letters a to z and the digits alone. A row with a reference that is none of these for the most
+part has no ROUGE-L, and does not count in its mean; --rouge_tokenizer unicode reads every script.
 """
 
 from __future__ import annotations
@@ -13,18 +16,39 @@ import functools
 import json
 import string
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import regex
 from eval_records import read_lines, write_json
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+class UnicodeTokenizer(Tokenizer):
+    """Words are runs of letters and digits of any script, compared without case. There is no stemmer.
+
+    Scripts that write no spaces between words (Han and kana; Thai, Lao, Khmer, Burmese and their kin) give one token a
+    character, with the marks on it.
+    """
+
+    # SA is Unicode's class of South East Asian scripts without spaces (UAX #14).
+    SPACELESS = r"[[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Line_Break=SA}]&&[\p{L}\p{N}]]"
+    TOKEN = regex.compile(rf"{SPACELESS}\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--{SPACELESS}]+", regex.VERSION1)
+
+    def tokenize(self, text: str) -> list[str]:
+        return self.TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+TOKENIZERS = {"rouge_score": DefaultTokenizer(use_stemmer=True), "unicode": UnicodeTokenizer()}
+
+
 @functools.cache
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def _scorer(tokenizer: str) -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=TOKENIZERS[tokenizer])
 
 
 def references_of(output: str | list[str]) -> list[str]:
@@ -35,9 +59,22 @@ def references_of(output: str | list[str]) -> list[str]:
     return references
 
 
-def rouge_l(response: str, output: str | list[str]) -> float:
-    """The best ROUGE-L F-measure over the references, × 100."""
-    return 100 * max(_scorer().score(reference, response)["rougeL"].fmeasure for reference in references_of(output))
+def is_read(reference: str, tokenizer: str) -> bool:
+    """Whether the tokenizer leaves something of a reference, and at least half of its letters and digits."""
+    letters = [c for c in reference if c.isalnum()]
+    read = letters if tokenizer == "unicode" else [c for c in letters if c.isascii()]
+    return 0 < len(letters) <= 2 * len(read)
+
+
+def rouge_l(response: str, output: str | list[str], tokenizer: str = "rouge_score") -> float | None:
+    """The best ROUGE-L F-measure over the references, × 100. None where the tokenizer does not read one of them.
+
+    Whether there is a figure depends on the references alone, so that the mean is over the same rows for every model.
+    """
+    references = references_of(output)
+    if not all(is_read(reference, tokenizer) for reference in references):
+        return None
+    return 100 * max(_scorer(tokenizer).score(reference, response)["rougeL"].fmeasure for reference in references)
 
 
 def normalised(text: str) -> str:
@@ -49,19 +86,39 @@ def exact_match(response: str, output: str | list[str]) -> float:
     return 100.0 * (normalised(response) in map(normalised, references_of(output)))
 
 
-def score(responses: Sequence[str], outputs: Sequence[str | list[str]]) -> dict:
-    """The means over the rows, and how many rows there are. A response is stripped before it is compared."""
+def score(responses: Sequence[str], outputs: Sequence[str | list[str]], tokenizer: str = "rouge_score") -> dict:
+    """The means over the rows, and how many rows there are. A response is stripped before it is compared.
+
+    `rouge_l` is None where no row has one; `without_rouge_l` says how many have none.
+    """
     if len(responses) != len(outputs) or not outputs:
         raise ValueError(f"{len(responses)} responses to {len(outputs)} rows")
     responses = [response.strip() for response in responses]
-    metrics = {"rouge_l": rouge_l, "exact_match": exact_match}
+    rouge = [rouge_l(response, output, tokenizer) for response, output in zip(responses, outputs)]
+    rouge = [value for value in rouge if value is not None]
     return {
-        **{name: sum(map(metric, responses, outputs)) / len(outputs) for name, metric in metrics.items()},
+        "rouge_l": sum(rouge) / len(rouge) if rouge else None,
+        "exact_match": sum(map(exact_match, responses, outputs)) / len(outputs),
         "count": len(outputs),
+        "without_rouge_l": len(outputs) - len(rouge),
+        "rouge_tokenizer": tokenizer,
     }
 
 
-def score_files(generations: Path, data: Path, limit: int | None = None) -> dict:
+def not_scored(scores: dict) -> str:
+    """What to say of rows without ROUGE-L; "" where there are none."""
+    if not scores["without_rouge_l"]:
+        return ""
+    what = "there is no letter or digit in a reference"
+    if scores["rouge_tokenizer"] != "unicode":
+        what = (
+            "rouge_score's tokenizer reads a to z and digits alone, and so less than half of a reference. "
+            "--rouge_tokenizer unicode (ROUGE_TOKENIZER=unicode for eval_dolly.sh) reads every script"
+        )
+    return f"{scores['without_rouge_l']} of {scores['count']} rows have no ROUGE-L: {what}."
+
+
+def score_files(generations: Path, data: Path, limit: int | None = None, tokenizer: str = "rouge_score") -> dict:
     """`score`, and figures about the responses. Raises ValueError where one is missing."""
     rows = read_lines(data, limit)
     responses = {row["row"]: row for row in read_lines(generations)}
@@ -70,7 +127,7 @@ def score_files(generations: Path, data: Path, limit: int | None = None) -> dict
         raise ValueError(f"{generations}: {len(missing)} of {len(rows)} rows are missing, the first is {missing[0]}.")
     responses = [responses[i] for i in range(len(rows))]
     return {
-        **score([r["response"] for r in responses], [row["output"] for row in rows]),
+        **score([r["response"] for r in responses], [row["output"] for row in rows], tokenizer),
         "tokens": sum(r["tokens"] for r in responses) / len(rows),  # mean length
         "unfinished": sum(not r["ended"] for r in responses),  # responses without EOS
         "cut_prompts": sum(r["cut"] for r in responses),
@@ -82,12 +139,21 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="JSONL file with output: a string, or a list of them.")
     parser.add_argument("--generations", type=Path, required=True, help="What generate.py made of its prompts.")
     parser.add_argument("--limit", type=int, help="Only the first so many rows.")
+    parser.add_argument(
+        "--rouge_tokenizer",
+        choices=TOKENIZERS,
+        default="rouge_score",
+        help="What makes words of a text: rouge_score's own, with its stemmer, which knows a to z and digits alone; or "
+        "unicode, for every script. Default rouge_score.",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the scores. By default they are printed.")
     args = parser.parse_args()
     try:
-        scores = score_files(args.generations, args.data, args.limit)
+        scores = score_files(args.generations, args.data, args.limit, args.rouge_tokenizer)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if warning := not_scored(scores):
+        print(f"warning: {args.data}: {warning}", file=sys.stderr)
     if args.output:
         write_json(args.output, scores)
     else:

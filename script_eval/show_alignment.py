@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from eval_records import write_text
 from transformers import PreTrainedModel
+from transformers.hf_argparser import string_to_bool
 
 from get_vocab_mapper.vocab_mapper import DEFAULT_THRESHOLD, VocabMapper, build_em, exact_matches, load_mapper
 from modeling.alignment import (
@@ -352,7 +353,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokenizers_only", action="store_true", help="Show the alignments alone, and load no weights.")
     add("--device", help="Where the models run: cpu, cuda:1, npu:0, … By default the accelerator that torch sees.")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's.")
-    add("--trust_remote_code", action="store_true", help="Run the Python code that a hub model carries.")
+    add(
+        "--trust_remote_code",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="true: run the Python code that a hub model carries. Default false.",
+    )
     args = parser.parse_args(argv)
     for wrong, message in (
         (args.file is not None and args.row is None, "--file needs --row, the number of the row to show"),

@@ -12,7 +12,7 @@
 # setting does again, in place, what depends on it: to keep both results, give another OUTPUT.
 #
 # DEVICE, NPROC, HOSTFILE, PRECISION, PYTHON and DRY_RUN: see launch.sh; VENV and BASE_PYTHON: see setup_env.sh;
-# TEMPERATURE, TOP_P, TOP_K, DSKD_COMPAT and DTYPE of the generations: see script_eval/eval_dolly.sh.
+# TEMPERATURE, TOP_P, TOP_K, DSKD_COMPAT, DTYPE and ROUGE_TOKENIZER: see script_eval/eval_dolly.sh.
 set -euo pipefail
 # shellcheck disable=SC2329 # the functions are handed to step, which invokes them
 {   # bash reads all of it before it begins: the file may be edited while it runs
@@ -228,7 +228,7 @@ rouge() {           # rouge MODEL FOLDER
     local -a settings=("MODEL=$1" "OUTPUT=$2/evaluation/instructions" "DATA_DIR=$sets_dir" "SETS=$sets" "LIMIT=$LIMIT"
         "SEEDS=$EVAL_SEEDS" "MAX_LENGTH=$MAX_LENGTH" "MAX_PROMPT_LENGTH=$MAX_PROMPT_LENGTH"
         "BATCH_SIZE=$EVAL_BATCH_SIZE")
-    for name in TEMPERATURE TOP_P TOP_K DSKD_COMPAT DTYPE; do
+    for name in TEMPERATURE TOP_P TOP_K DSKD_COMPAT DTYPE ROUGE_TOKENIZER; do
         [[ -z ${!name:-} ]] || settings+=("$name=${!name}")
     done
     run env "${settings[@]}" bash "$CDM_ROOT/script_eval/eval_dolly.sh"

@@ -4,16 +4,27 @@ Each script's own `main` runs in this process, on small models with small tokeni
 """
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import build_em, build_mined
+from get_vocab_mapper.vocab_mapper import FORMAT_VERSION, build_em, build_mined
 from modeling import (
     run_clm_distill_CDM,
     run_clm_llms_fkd,
@@ -166,7 +177,7 @@ class TestMappers:
         path = tmp_path / "newer.safetensors"
         save_file({"a": torch.zeros(1)}, path, {"format": "cdm-vocab-mapper", "format_version": "99"})
         message = self.refuse(refused, method, path)
-        assert "has mapper format version '99', and this code reads 2. Update the code, or build it again" in message
+        assert f"version '99', and this code reads {FORMAT_VERSION}. Update the code, or build it again" in message
 
     def test_published_files(self, refused, method, tmp_path):
         path = tmp_path / "published.json"
@@ -217,6 +228,68 @@ def test_every_script_ends_with_one_message(refused, method):
         *(temperature if method != "SFT" else []),
     ):
         assert refused(method, **changes).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "package"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "of tomorrow"}, "of tomorrow"),
+    ],
+)
+def test_quantised_weights_whose_package_is_not_installed(rig, refused, quantization, package, tmp_path):
+    quantized = tmp_path / "quantized"
+    shutil.copytree(rig.same, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    for method, flag in (("FKD", "teacher_path"), ("SFT", "model_name_or_path")):
+        message = refused(method, **{flag: quantized})
+        assert message.startswith(f"--{flag} {quantized}: its weights are quantised, and that cannot be read here: ")
+        assert package in message
+
+
+def test_an_attention_that_is_not_to_be_had(rig, refused, call):
+    for kind in ("flash_attention_2", "flash_attention_3", "slow_attention"):
+        message = refused("ULD", attn_implementation=kind)
+        assert message.startswith(f"--attn_implementation {kind}: --model_name_or_path {rig.student} cannot be run")
+    assert call("ULD", attn_implementation="eager", max_steps=1)[0] == 0
+
+
+def test_layers_that_can_be_adapted_are_named(rig, call, tmp_path):
+    """peft does not adapt all linear layers of a Mamba, and none of another model's names. What is named trains."""
+    tokenizer = byte_level_bpe()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, eos_token_id=tokenizer.eos_token_id))
+    mamba.save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    llama = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+    for student, wish, layers in (
+        (tmp_path / "mamba", "all-linear", "dt_proj in_proj x_proj"),
+        (rig.student, "c_attn", llama),
+    ):
+        lora = {"model_name_or_path": student, "use_lora": True, "max_steps": 1}
+        status, said = call("SFT", **lora, lora_target_modules=wish)
+        assert status == 2 and f"SFT.py: error: --lora_target_modules {wish}: " in said
+        assert said.endswith(f"that can be adapted: --lora_target_modules {layers}\n")
+        assert call("SFT", "--lora_target_modules", *layers.split(), **lora)[0] == 0
+
+
+@pytest.mark.parametrize("method", MAIN)
+def test_the_metrics_that_an_evaluation_gives_are_known_before_it(rig, refused, call, method, tmp_path):
+    best = {"do_eval": True, "validation_file": rig.train, "metric_for_best_model": "rougeL"}
+    if method == "CDM":
+        best["same_tokenizer_teacher_path"] = rig.same
+    message = refused(method, **best)
+    start = "--metric_for_best_model is 'rougeL': an evaluation gives "
+    known = message.removeprefix(start).removesuffix(". Give one of them.").split(", ")
+    assert message.startswith(start)
+    assert call(method, **{**best, "metric_for_best_model": "eval_ce_loss"}, do_train=None)[0] == 0
+    given = json.loads((tmp_path / "out/eval_results.json").read_text())
+    about_time = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+    assert {f"eval_{name}" for name in known} == {key for key in given if key.startswith("eval_")} - {*about_time}
 
 
 @pytest.mark.parametrize("method", MAIN)

@@ -31,6 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from get_vocab_mapper.builder_cli import _load_tokenizer
 from get_vocab_mapper.token_forms import token_forms
 from get_vocab_mapper.vocab_mapper import build_em
 from modeling.examples import Encoder, encode_pair
@@ -140,12 +141,12 @@ LINE = json.dumps(ROWS[0])
         (b"", "the file is empty. Was it written or copied to its end?"),
         (" \r\n\n", "it has no rows. Was it written or copied to its end?"),
         ("[]", "it has no rows. Was it written or copied to its end?"),
-        ("prefix,text\nSay,yes\n", "line 1: not valid JSON (Expecting value, column 1). Repair or delete the line"),
-        (f'{LINE}\n{{"prefix": "a", "te\n{LINE}\n', "line 2: not valid JSON (Invalid control character at, col"),
-        (f"{LINE},\n{LINE},\n", "line 1: not valid JSON (Extra data, column"),
+        ("prefix,text\nSay,yes\n", ", column 1). Repair or delete the line"),
+        (f'{LINE}\n{{"prefix": "a", "te\n{LINE}\n', "line 2: not valid JSON ("),
+        (f"{LINE},\n{LINE},\n", "line 1: not valid JSON ("),
         (f"{LINE},\n{LINE},\n", "Leave out the comma behind the object: the file must be one JSON array, or hold one"),
-        (f"[{LINE},\n{LINE[:30]}", "line 2: not valid JSON (Unterminated string starting at, column 29). The file"),
-        (json.dumps({"data": ROWS}, indent=1), "line 1: not valid JSON (Expecting property name enclosed in double"),
+        (f"[{LINE},\n{LINE[:30]}", ", column 29). The file ends too early: copy it again."),
+        (json.dumps({"data": ROWS}, indent=1), "line 1: not valid JSON ("),
         (LINE.encode() + b'\n{"prefix": "caf\xe9"}', f"byte {len(LINE) + 16}: not UTF-8 (in line 2). Convert the"),
         (LINE.encode("utf-16"), "byte 0: not UTF-8 (in line 1). Convert the file, for example with iconv -f UTF-16"),
         (b"PAR1\x15\x04\x15", "is a Parquet file, and not JSON: datasets.Dataset.from_parquet(FILE).to_json(NEW_FILE)"),
@@ -289,6 +290,15 @@ def no_weights(model, folder):
     copy_of(model, folder, "model.safetensors")
 
 
+def in_gguf(model, folder):
+    (copy_of(model, folder, "model.safetensors") / "model-q4_k_m.gguf").touch()
+
+
+def gguf_alone(model, folder):
+    folder.mkdir()
+    (folder / "model-q4_k_m.gguf").touch()
+
+
 def no_config(model, folder):
     copy_of(model, folder, "config.json")
 
@@ -365,6 +375,8 @@ def without_eos(model, folder):
     [
         (Path.mkdir, ": the folder has no config.json, so it is no model's: it holds nothing. Give the folder"),
         (no_weights, ": the folder has no weights (no .safetensors file). Was it copied whole?"),
+        (in_gguf, ": its weights are in GGUF (model-q4_k_m.gguf)"),
+        (gguf_alone, ": its weights are in GGUF (model-q4_k_m.gguf)"),
         (no_config, ": the folder has no config.json, so it is no model's: it holds generation_config.json, mod"),
         (no_tokenizer, ": its tokenizer cannot be loaded: it has no tokenizer.json, and none can be made of what"),
         (weights_alone, ": the folder has no config.json, so it is no model's: it holds model.safetensors. Give"),
@@ -400,6 +412,26 @@ def test_a_folder_that_is_not_there(script, model, train_file, tmp_path):
     assert told.startswith(f"--model_name_or_path {train_file} is a file. Give the folder that it is in.")
 
 
+def test_gguf_is_told_how_to_convert(script, model, train_file, hub, tmp_path):
+    gguf_alone(model, tmp_path / "gguf")
+    for path in (tmp_path / "gguf", tmp_path / "gguf/model-q4_k_m.gguf"):
+        told = message_of(script("uld", model_name_or_path=model, teacher_path=path, train_file=train_file))
+        call = f'AutoModelForCausalLM.from_pretrained("{tmp_path}/gguf", gguf_file="model-q4_k_m.gguf").save_pretrain'
+        assert told.startswith(f"--teacher_path {path}: ") and call in told and "AutoTokenizer" in told
+    hub(404, "EntryNotFound")  # there is no config.json
+    told = message_of(script(model_name_or_path="some/model-GGUF", train_file=train_file))
+    assert 'from_pretrained("some/model-GGUF", gguf_file="FILE.gguf")' in told
+
+
+def test_code_that_needs_a_package_names_it(script, model, train_file, tmp_path):
+    path = copy_of(model, tmp_path / "own code")
+    (path / "own.py").write_text("import a_package_that_nobody_has\n")
+    change_json(path / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    told = message_of(script(model_name_or_path=path, train_file=train_file, trust_remote_code=True))
+    assert told.startswith(f"--model_name_or_path {path}: its configuration cannot be loaded: ")
+    assert "a_package_that_nobody_has" in told
+
+
 def test_pickled_weights_are_not_opened(script, model, train_file, tmp_path):
     path = copy_of(model, tmp_path / "pickled", "model.safetensors")
     (path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
@@ -431,7 +463,7 @@ class OwnModel(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_code_of_a_model_runs_only_where_it_is_trusted(script, model, train_file, tmp_path, monkeypatch, part):
+def test_code_of_a_model_runs_only_where_it_is_trusted(script, model, train_file, tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     path, mark = copy_of(model, tmp_path / "own code"), tmp_path / "ran"
@@ -445,6 +477,11 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(script, model, train_file
     told = message_of(script(model_name_or_path=path, train_file=train_file))
     assert told.startswith(f"--model_name_or_path {path}: its {'configuration' if part == 'model' else part} cannot be")
     assert "which is not run unasked" in told and "give --trust_remote_code true." in told
+    if part == "tokenizer":
+        with pytest.raises(SystemExit):
+            _load_tokenizer("teacher", str(path), False)
+        told = capsys.readouterr().err
+        assert f"--teacher {path}: " in told and told.endswith("give --trust_remote_code true.\n")
     assert not mark.exists()
     assert script(model_name_or_path=path, train_file=train_file, trust_remote_code=True).status == 0
     assert mark.exists()

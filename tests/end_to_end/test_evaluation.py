@@ -154,6 +154,12 @@ def test_instruction_sets_from_one_call(model, data, tmp_path):
     assert again["dolly"]["rouge_l"]["mean"] == (100 + values["20"]) / 2
     assert again["dolly"]["exact_match"]["values"]["10"] == 100.0
 
+    # The responses are scored anew with another tokenizer, and not generated.
+    done = evaluate("eval_dolly.sh", model, SETS="dolly sinst", ROUGE_TOKENIZER="unicode", **settings)
+    assert "any script" in done.stdout and read(output / "dolly/10.jsonl") == made
+    assert json.loads((output / "results.json").read_text())["settings"]["rouge_tokenizer"] == "unicode"
+    assert "is none of rouge_score, unicode" in evaluate("eval_dolly.sh", model, ROUGE_TOKENIZER="x", fails=True).stderr
+
     refused = evaluate("eval_dolly.sh", model, SETS="dolly", **{**settings, "DSKD_COMPAT": 1}, fails=True)
     assert "dskd_compat: False then, True now" in refused.stderr
     settings |= {"DATA_DIR": tmp_path / "no data", "OUTPUT": tmp_path / "nothing"}

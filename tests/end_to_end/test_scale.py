@@ -165,7 +165,7 @@ def large_vocabulary(name: str, own: int) -> TokenForms:
     forms = [f"{'' if i < LARGE - own else name}{i:x}".encode() for i in range(LARGE - 1)]
     special = np.zeros(LARGE, dtype=bool)
     special[-1] = True
-    return TokenForms(name, [*forms, b"<eos>"], special, {"eos": LARGE - 1})
+    return TokenForms(name, [*forms, b"<eos>"], special, np.zeros(LARGE, dtype=bool), {"eos": LARGE - 1})
 
 
 def test_a_mapper_of_262144_tokens_and_a_loss_with_it(tmp_path):

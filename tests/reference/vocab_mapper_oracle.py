@@ -41,6 +41,11 @@ def role_pairs(teacher, student) -> list[tuple[int, int]]:
     return pairs
 
 
+def preference(side, u: int) -> tuple[bool, int]:
+    """Of several tokens that are equal in all else, the one where this is smallest is taken."""
+    return bool(side.is_byte_fallback[u]), u
+
+
 def exact(side, other, pairs: list[tuple[int, int]]) -> list[int]:
     """For each token of `side` its exact match or -1; `pairs` are the role matches as (side, other)."""
     result = []
@@ -54,18 +59,19 @@ def exact(side, other, pairs: list[tuple[int, int]]) -> list[int]:
             and side.is_special[v] == other.is_special[u]
             and u not in [taken for _, taken in pairs]
         ]
-        result.append(by_role[0] if by_role else min(by_text, default=-1))
+        by_text.sort(key=lambda u: preference(other, u))
+        result.append([*by_role, *by_text, -1][0])
     return result
 
 
-def mined_choice(text: str, candidates: list[tuple[int, str]], distance=levenshtein) -> tuple[int, int]:
-    """(id, distance) of the nearest candidate, with all tie rules."""
+def mined_choice(text: str, candidates: list[tuple], distance=levenshtein) -> tuple:
+    """(preference, distance) of the nearest of the candidates (preference, text), with all tie rules."""
     measured = []
-    for u, candidate in candidates:
+    for preferred, candidate in candidates:
         lev = distance(text, candidate)
-        measured.append((lev, abs(len(text) - len(candidate)), -common_prefix(text, candidate), u))
-    lev, _, _, u = min(measured)
-    return u, lev
+        measured.append((lev, abs(len(text) - len(candidate)), -common_prefix(text, candidate), preferred))
+    lev, _, _, preferred = min(measured)
+    return preferred, lev
 
 
 def static_map(kind: str, teacher, student, distance=levenshtein) -> tuple[list[int], list[int]]:
@@ -77,28 +83,26 @@ def static_map(kind: str, teacher, student, distance=levenshtein) -> tuple[list[
         return forward, backward
 
     candidates = [u for u in range(len(student.forms)) if not student.is_special[u]]
-    preference = {}  # inexact teacher token -> the smaller, the rather it is its student token's inverse
+    cost = {}  # inexact teacher token -> the smaller, the rather it is its student token's inverse
     for v in range(len(teacher.forms)):
         if forward[v] != -1 or teacher.is_special[v]:
             continue
         if kind == "mined" and candidates:
-            text = read(teacher.forms[v])
-            forward[v], lev = mined_choice(text, [(u, read(student.forms[u])) for u in candidates], distance)
-            preference[v] = lev
+            texts = [(preference(student, u), read(student.forms[u])) for u in candidates]
+            (_, forward[v]), cost[v] = mined_choice(read(teacher.forms[v]), texts, distance)
         if kind == "prefixem":
             form = teacher.forms[v]
             prefixes = [
-                (-len(student.forms[u]), u)
+                (-len(student.forms[u]), preference(student, u), u)
                 for u in candidates
                 if student.forms[u] and form.startswith(student.forms[u]) and form != student.forms[u]
             ]
             if prefixes:
-                negative_length, forward[v] = min(prefixes)
-                preference[v] = negative_length
+                cost[v], _, forward[v] = min(prefixes)
     for u in range(len(student.forms)):
         if backward[u] == -1:
-            rivals = [(preference[v], v) for v in preference if forward[v] == u]
-            backward[u] = min(rivals)[1] if rivals else -1
+            rivals = [(cost[v], preference(teacher, v), v) for v in cost if forward[v] == u]
+            backward[u] = min(rivals)[2] if rivals else -1
     return forward, backward
 
 

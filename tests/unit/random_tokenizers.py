@@ -13,6 +13,7 @@ HARD = (
     *("e\u0301", "a\u0308\u0323", "\u0301", "ﬁn", "①", "½", "İ", "ß", "ẞ", "Σς", "ǅ", "²", "١٢", "가", "각", "क्षि"),
     *("😀", "👩‍👩‍👧", "🇫🇷", "❤️", "🏳️‍🌈", "\u200d", "\ufe0f", "﷽", "𒀀", "\u200b", "\ufeff", "\u3000", "\xa0", "\xad"),
     *("\x00", "\x07", "\x1b[0m", "\x7f", "\x85", "\u2028", "\r\n", "\n\n", "\r", "\t\t", "  ", "        "),
+    *("''", "``", " ''"),
     *("▁", "Ġ", "##", "##a", "<0x0A>", "</s>", "<s>", "<unk>", "<|endoftext|>", "[SEP]", "[UNK]", "<|x|>", "."),
 )
 NORMALISERS = {
@@ -21,6 +22,7 @@ NORMALISERS = {
     "NFD": normalizers.NFD,
     "lower case": normalizers.Lowercase,
     "no accents": lambda: normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "quotes": lambda: normalizers.Sequence([normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]),
 }
 
 pieces = st.one_of(

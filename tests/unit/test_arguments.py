@@ -1,15 +1,25 @@
 """The arguments: defaults, ranges, spellings, contradictions; a bad one exits with status 2 and says what to change."""
 
 import json
+import re
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import _http, httpx
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from modeling.arguments import (
+    REPLACED,
+    ArgumentParser,
     DataArguments,
     DistillationArguments,
     StudentArguments,
     TrainingArguments,
     check_together,
+    notes,
     parse_arguments,
 )
 from modeling.run_clm_distill_CDM import CDMArguments
@@ -187,6 +197,11 @@ def test_which_metric_is_better_where_smaller(parse):
         ({"lr_scheduler_kwargs": "{1}"}, "--lr_scheduler_kwargs is '{1}': give a JSON object"),
         ({"lr_scheduler_kwargs": "cycles"}, "--lr_scheduler_kwargs is 'cycles': give a JSON object"),
         ({"report_to": "paper"}, "--report_to is 'paper': give none, all, or some of "),
+        ({"use_liger_kernel": "true"}, "--use_liger_kernel is True: liger-kernel is not installed"),
+        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit: You need to install `bitsandbytes`"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "--optim sgd --optim_args momentum: "),
+        ({"fsdp": "full_shard"}, "--fsdp (or accelerate's FSDP) is not in force on a CPU"),
+        ({"push_to_hub": "true"}, "--push_to_hub is True: the hub cannot be written to (HF_HUB_OFFLINE is set)"),
         ({"teacher_zero3": "true"}, "--teacher_zero3 is True: give --deepspeed CONFIG too"),
         ({"teacher_cache_topk": "128"}, "--teacher_cache_topk is 128: give --teacher_cache DIR too"),
         ({"teacher_cache_dtype": "float16"}, "--teacher_cache_dtype is 'float16': give --teacher_cache DIR too"),
@@ -201,8 +216,71 @@ def test_which_metric_is_better_where_smaller(parse):
         ),
     ],
 )
-def test_contradictions(error_of, arguments, message):
+def test_contradictions(error_of, arguments, message, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for absent in ("is_liger_kernel_available", "transformers.trainer_optimizer.is_bitsandbytes_available"):
+        monkeypatch.setattr(absent if "." in absent else f"modeling.arguments.{absent}", lambda: False)
     assert message in error_of(**arguments)
+
+
+@pytest.mark.parametrize("place", sorted(INTEGRATION_TO_CALLBACK))
+def test_where_to_report_is_installed(parse, error_of, place):
+    if place == "tensorboard":
+        parse(report_to=place)
+    elif place not in get_available_reporting_integrations():
+        assert f"--report_to is '{place}': it is not installed here" in error_of(report_to=place)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("cosine", '{"num_cycles": 0.5}', None),
+        ("constant", None, None),
+        ("warmup_stable_decay", '{"num_decay_steps": 10}', None),
+        ("cosine_with_min_lr", '{"min_lr_rate": 0.1}', None),
+        ("reduce_lr_on_plateau", '{"factor": 0.5}', None),
+        ("warmup_stable_decay", None, "num_decay_steps is missing. The settings of warmup_stable_decay: "),
+        ("cosine_with_min_lr", None, "min_lr or min_lr_rate should be set"),
+        ("cosine", '{"min_lr_rate": 0.1}', "min_lr_rate is unknown. The settings of cosine: num_cycles."),
+        ("constant", '{"num_cycles": 2}', "num_cycles is unknown"),  # transformers would pass over it
+        ("reduce_lr_on_plateau", '{"factr": 0.5}', "factr"),
+        ("cosine", '{"num_cycles": "many"}', "many"),
+        ("polynomial", '{"lr_end": 1}', "lr_end (1) must be smaller"),
+    ],
+)
+def test_a_schedule_has_the_settings_that_it_needs(parse, error_of, kind, settings, message):
+    given = {"lr_scheduler_type": kind, "eval_strategy": "epoch", "validation_file": "F", "warmup_steps": "0.1"}
+    words = ["--lr_scheduler_kwargs", settings] if settings else []
+    if message is None:
+        parse(*words, **given)
+    else:
+        said = error_of(*words, **given)
+        assert f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings or '{}'}: " in said and message in said
+
+
+def test_fsdp_is_refused_on_a_cpu_and_warned_of_elsewhere(parse, error_of, monkeypatch):
+    groups = parse()
+    assert not notes(*groups)
+    groups[-1].fsdp = True
+    (note,) = notes(*groups)
+    assert "not tested with FSDP" in note and "--deepspeed" in note
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "FSDP) is not in force on a CPU" in error_of()
+
+
+@pytest.mark.parametrize("answer", [401, httpx.ConnectError("Name or service not known")])
+def test_the_hub_is_asked_before_the_work(error_of, monkeypatch, answer):
+    def respond(request):
+        if isinstance(answer, Exception):
+            raise answer
+        return httpx.Response(answer, request=request)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", lambda: httpx.Client(transport=httpx.MockTransport(respond)))
+    huggingface_hub.close_session()
+    said = error_of(push_to_hub="true", hub_token="hf_x")
+    huggingface_hub.close_session()
+    assert "--push_to_hub is True: the hub cannot be written to" in said and "hf auth login" in said
 
 
 def test_a_teacher_spread_over_the_devices_is_for_one_process(parse, monkeypatch):
@@ -246,6 +324,19 @@ def test_unknown_flags_are_named_with_the_nearest(error_of, words, message):
     assert f"error: {message}" in error_of(*words)
 
 
+def test_what_takes_the_place_of_an_argument_that_is_no_more(error_of, parse):
+    parser = ArgumentParser(GROUPS, allow_abbrev=False)
+    for name, instead in REPLACED.items():
+        if f"--{name}" not in parser._option_string_actions:  # a release of transformers may still have it
+            assert f"error: unknown argument --{name}. {instead}.\n" in error_of(f"--{name}", "1")
+        for flag in re.findall(r"--\w+", instead):
+            assert flag in parser._option_string_actions
+    said = error_of("--warmup_ratio=0.1", "--kd_alhpa", "1")
+    assert "Give --warmup_steps a number below 1" in said and "Did you mean --kd_alpha?" in said
+    # What is named is taken.
+    parse(train_sampling_strategy="group_by_length", warmup_steps="0.1", optim="adafactor", eval_strategy="no")
+
+
 def test_a_misspelt_flag_that_is_required_is_not_called_missing(error_of):
     message = error_of("--model_name_or_pth", "S", model_name_or_path="")
     assert "error: unknown argument --model_name_or_pth. Did you mean --model_name_or_path?" in message
@@ -277,6 +368,7 @@ def test_one_json_file(required, tmp_path):
         "use_lora": True,
         "lora_target_modules": ["q_proj", "v_proj"],
         "max_train_samples": None,
+        "lr_scheduler_type": "cosine_with_restarts",
         "lr_scheduler_kwargs": {"num_cycles": 2},
     }
     file.write_text(json.dumps({**required, **values}))
@@ -289,7 +381,7 @@ def test_one_json_file(required, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"kd_alpha": 0.5,\n}', "line 2 is not valid JSON ("),
+        ('{"kd_alpha": 0.5,\n nothing}', "line 2 is not valid JSON ("),
         ("", "line 1 is not valid JSON ("),
         (b"\xff\xfe\xff", "it is not UTF-8"),
         ("[1]", "it must hold one JSON object of argument names and values"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +136,10 @@ def test_wrong_arguments_are_named(capsys):
     assert (args.max_length, args.max_prompt_length, args.no_repeat_ngram_size) == (512, 256, 0)
     assert (args.temperature, args.top_p, args.top_k, args.greedy) == (1.0, 1.0, 0, False)
     assert generate.parse([*base, "--dskd_compat"]).no_repeat_ngram_size == 6
+    # The flag is spelt as in training, or stands alone.
+    for words, trusted in (([], False), (["--trust_remote_code"], True), (["--trust_remote_code", "true"], True)):
+        assert generate.parse([*base, *words]).trust_remote_code is trusted
+    assert generate.parse([*base, "--trust_remote_code=False"]).trust_remote_code is False
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -201,9 +206,13 @@ def test_rouge_is_that_of_rouge_score_on_every_row_of_the_real_sets(name):
             "",
         )[i % 4]
         responses.append(response)
+        if row["output"] == "- 😌😊":  # the only reference of all without a letter or digit: rouge_score makes it 0
+            assert score_rouge.rouge_l(response.strip(), row["output"]) is None
+            continue
         expected.append(max(scorer.score(r, response.strip())["rougeL"].fmeasure for r in references))
         assert score_rouge.rouge_l(response.strip(), row["output"]) == 100 * expected[-1]
     scores = score_rouge.score(responses, [row["output"] for row in rows])
+    assert scores["without_rouge_l"] == len(rows) - len(expected) == (name == "self-inst")
     assert scores["count"] == len(rows) == {"dolly": 500, "self-inst": 242, "vicuna": 80, "sinst": 1694}[name]
     assert scores["rouge_l"] == pytest.approx(100 * np.mean(expected), abs=1e-9)
     assert scores["exact_match"] >= 100 / 4 - 1  # the whole references
@@ -214,6 +223,81 @@ def test_the_best_of_several_references_counts():
     assert score_rouge.exact_match("An answer: forty-two!", ["x", "an answer  fortytwo"]) == 100
     assert score_rouge.exact_match("An answer", "Another answer") == 0
     assert score_rouge.rouge_l("", "something") == 0
+
+
+EQUAL = {  # a text in each kind of script, how many words or characters it has, and another with so many in common
+    "Han": ("天空是蓝色的。", 6, "天空很蓝", 3),
+    "kana": ("ラーメンを食べる", 8, "ラーメンだ", 4),
+    "Thai": ("ท้องฟ้าสีฟ้า", 8, "ท้องฟ้า", 5),
+    "Khmer": ("ភាសា", 2, "ភា", 1),
+    "Burmese": ("ကော င်း", 2, "ကော", 1),
+    "Lao": ("ລາວ", 3, "ລາ", 2),
+    "Cyrillic": ("Небо синее.", 2, "небо КРАСНОЕ!", 1),
+    "Greek": ("Ο ουρανός είναι μπλε", 4, "ο ουρανός", 2),
+    "Hangul": ("하늘은 파랗다", 2, "하늘은 높다", 1),
+    "Devanagari": ("आसमान नीला है", 3, "आसमान", 1),
+    "Arabic": ("السماء زرقاء", 2, "السماء", 1),
+    "composed": ("un cafe\u0301 noir", 3, "caf\xe9", 1),
+    "Latin": ("The cats’ 2 toys", 4, "the cat", 1),  # no stemmer
+}
+
+
+@pytest.mark.parametrize("script", EQUAL)
+def test_text_of_any_script_is_scored(script):
+    text, n_tokens, other, n_common = EQUAL[script]
+    tokens = score_rouge.UnicodeTokenizer().tokenize
+    assert len(tokens(text)) == n_tokens
+    assert score_rouge.rouge_l(text.upper(), text, "unicode") == 100
+    f_measure = 200 * n_common / (n_tokens + len(tokens(other)))
+    assert score_rouge.rouge_l(other, ["…?! 1", text], "unicode") == pytest.approx(f_measure)
+    assert score_rouge.rouge_l("一", text, "unicode") == 0
+    default = score_rouge.rouge_l(text, text)
+    assert default == (100 if script in ("composed", "Latin") else None)
+
+
+def test_what_cannot_be_scored_is_missing_and_no_zero(tmp_path):
+    outputs = ["The sky.", "天空是蓝色的。", ["Blue.", "Синий."], "В 1961 году", "🙂!"]
+    for tokenizer, missing in (("rouge_score", 4), ("unicode", 1)):
+        scores = score_rouge.score(["the sky", *["x"] * 4], outputs, tokenizer)
+        assert (scores["count"], scores["without_rouge_l"], scores["rouge_tokenizer"]) == (5, missing, tokenizer)
+        assert scores["rouge_l"] == 100 / (5 - missing)
+        assert (f"{missing} of 5 rows have no ROUGE-L" in score_rouge.not_scored(scores)) == bool(missing)
+    assert score_rouge.score(["x"], ["🙂"])["rouge_l"] is None
+    assert score_rouge.not_scored(score_rouge.score(["x"], ["the sky"])) == ""
+    assert score_rouge.rouge_l("天空", "The sky is blue.") == 0  # the response can be wrong
+
+
+def collected(folder: Path, **sets: dict) -> tuple[str, dict]:
+    """The table and the results of sets with these scores, of one seed."""
+    for name, scores in sets.items():
+        common = {"exact_match": 0.0, "count": 5, "tokens": 3.0, "unfinished": 0, "cut_prompts": 0}
+        eval_records.write_json(folder / name / "10.scores.json", {**common, **scores})
+        settings = {"data": name, "data_sha256": "0", "limit": None, "dskd_compat": False, "greedy": False}
+        eval_records.write_json(folder / name / "10.settings.json", {**settings, "prompts_cut_on": "left"})
+        eval_records.write_json(folder / name / "10.environment.json", {"device": "cpu"})
+    table = collect_results.instructions(folder, "m", list(sets), [10])
+    return table, eval_records.read_json(folder / "results.json")
+
+
+def test_the_report_says_what_is_not_scored(tmp_path):
+    some = {"rouge_l": 20.0, "without_rouge_l": 2, "rouge_tokenizer": "rouge_score"}
+    table, results = collected(tmp_path, dolly=some, mine={**some, "rouge_l": None, "without_rouge_l": 5})
+    assert "dolly: 2 of 5 rows have no ROUGE-L" in table and "mine: 5 of 5 rows have no ROUGE-L" in table
+    assert re.search(r"^dolly +20.00 ", table, re.MULTILINE) and re.search(r"^mine +missing +0.00", table, re.MULTILINE)
+    assert results["settings"]["rouge_tokenizer"] == "rouge_score"
+    assert results["without_rouge_l"] == {"dolly": 2, "mine": 5}
+    assert "rouge_l" in results["scores"]["dolly"] and "rouge_l" not in results["scores"]["mine"]
+    (run,), _ = summarize.find_runs([tmp_path])
+    assert list(run.scores) == ["Dolly"]
+
+    every = {"rouge_l": 20.0, "without_rouge_l": 0, "rouge_tokenizer": "unicode"}
+    table, results = collected(tmp_path, dolly=every, mine=every)
+    assert "have no ROUGE-L" not in table and "any script, without a stemmer" in table
+    assert results["settings"]["rouge_tokenizer"] == "unicode"
+    with pytest.raises(ValueError, match="scored with different tokenizers"):
+        collected(tmp_path, dolly=some, mine=every)
+    with pytest.raises(ValueError, match="mine unknown"):  # scored before the tokenizer was a choice
+        collected(tmp_path, dolly=some, mine={"rouge_l": 1.0})
 
 
 def test_a_missing_response_is_an_error_and_no_zero(tmp_path):

@@ -1,6 +1,7 @@
 """Rows, templates, tokenisation, cutting and batches, on small trained tokenizers and on the real ones."""
 
 import gzip
+import io
 import json
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from modeling.errors import InputError
 from modeling.examples import (
+    CHANGE_THE_MEANING,
     IGNORED,
+    LAYOUTS,
     Encoder,
     ResponseCollator,
     alpaca_prompt,
@@ -22,6 +25,7 @@ from modeling.examples import (
     read_rows,
     token_distances,
 )
+from modeling.json_array import elements
 from tests.reference.cdm_oracle import levenshtein
 from tests.unit.tokenizer_zoo import (
     REAL_TOKENIZERS,
@@ -72,6 +76,12 @@ def test_alpaca_template_word_for_word():
         ({"prompt": "p", "completion": "c"}, ("p", "c")),
         ({"prompt": "p", "output": "o"}, ("p", "o")),
         ({"prompt": "p", "output": ["first", "second"]}, ("p", "first")),
+        # What is empty changes nothing, in every way that files have of saying so.
+        ({"instruction": "i", "output": "o", "system": None, "history": [], "context": " "}, (alpaca_prompt("i"), "o")),
+        ({"prefix": "p", "text": "t", "messages": [], "tools": "[]", "images": float("nan")}, ("p", "t")),
+        ({"instruction": "i", "input": "[]", "output": "o"}, (alpaca_prompt("i", "[]"), "o")),
+        ({"prompt": "p", "completion": "c", "label": True, "kto_tag": None}, ("p", "c")),
+        ({"prefix": "p", "text": "t", "label": False, "context": "c"}, ("p", "t")),  # where it says nothing of a kind
     ],
 )
 def test_every_layout_of_a_row(row, expected):
@@ -88,12 +98,41 @@ def test_every_layout_of_a_row(row, expected):
         ({"instruction": "i", "input": 3, "output": "o"}, "column 'input' holds int"),
         ({"prefix": "p", "text": "half \ud83d"}, "column 'text' holds half of a surrogate pair"),
         ({}, "the columns \\(none\\)"),
+        ({"instruction": "i", "output": "o", "history": ["a"]}, "'history' holds something else than pairs"),
+        ({"instruction": "i", "output": "o", "history": [["a", None]]}, "column 'history' holds null"),
+        ({"instruction": "i", "output": "o", "system": 3}, "column 'system' holds int"),
+        ({"instruction": "i", "output": "o", "context": "c"}, "'context' is not empty, .* call it 'input'"),
+        ({"prompt": "p", "completion": "c", "label": False}, "marked as one that is not wanted"),
+        ({"instruction": "i", "output": "o", "kto_tag": False}, "marked as one that is not wanted"),
+        ({"messages": [{"role": "user", "content": "c"}]}, "the columns 'messages', and none of these pairs"),
+        ({"question": "q", "answer": "a"}, "python data/prepare_data.py gsm8k --source"),
+        ({"instruction": "i", "context": "", "response": "r"}, "python data/prepare_data.py dolly --source"),
+        ({"task_id": 1, "text": "t", "code": "c", "test_list": []}, "python data/prepare_data.py code --source"),
         (["p", "t"], "JSON list, not an object"),
     ],
 )
 def test_a_bad_row_is_told(row, message):
     with pytest.raises(ValueError, match=message):
         prefix_and_text(row)
+
+
+def test_system_and_history_of_an_alpaca_row():
+    row = {"instruction": "And 2?", "input": "n", "output": "o", "system": "Be brief."}
+    row["history"] = [["1?", "a"], ["", "b"]]
+    preamble, _, turn = alpaca_prompt("And 2?", "n").partition("### Instruction:")
+    earlier = "### Instruction:\n1?\n\n### Response:\na\n\n### Instruction:\n\n\n### Response:\nb\n\n"
+    assert prefix_and_text(row) == (f"Be brief.\n\n{preamble}{earlier}### Instruction:{turn}", "o")
+
+
+@pytest.mark.parametrize("column", CHANGE_THE_MEANING)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "+".join(layout.columns))
+def test_a_column_that_changes_a_row_is_read_or_the_row_is_left_out(layout, column):
+    row = {**dict.fromkeys(layout.columns, "x"), column: [["a", "b"]] if column == "history" else "something"}
+    if column in layout.optional:
+        assert ("something" if column == "system" else "a") in prefix_and_text(row)[0]
+    else:
+        with pytest.raises(ValueError, match=f"column '{column}' is not empty, and is not read"):
+            prefix_and_text(row)
 
 
 def test_read_rows_of_an_array_and_of_lines(tmp_path):
@@ -117,6 +156,8 @@ def test_read_rows_of_an_array_and_of_lines(tmp_path):
         (b'[{"prefix": "a", "text": "b"},\n]', "lines.jsonl, line [12]: not valid JSON .* Repair the array"),
         (b'[{"prefix": "a",\n "text": "b"}', "lines.jsonl, line 2: .* The file ends too early"),
         (b'[{"prefix": "a",\n "text": "b', "lines.jsonl, line 2: .* The file ends too early"),
+        (b'[{"prefix": "a",\n "text": "b\\', "lines.jsonl, line 2: .* The file ends too early"),
+        (b'[{"prefix": "a",\n "text" "b"}]', "lines.jsonl, line 2: not valid JSON .* Repair the array"),
         (b'{"prefix": "\xff", "text": "b"}', "lines.jsonl, byte 12: not UTF-8 \\(in line 1\\)"),
         (b"{}\n" * 9000 + b"\xe9", "lines.jsonl, byte 27000: not UTF-8 \\(in line 9001\\)"),
         (b"[" + b"{},\n" * 9000 + b'"\xe9"]', "lines.jsonl, byte 36002: not UTF-8 \\(in line 9001\\)"),
@@ -131,6 +172,19 @@ def test_a_bad_file_is_told_with_its_row(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("cause", ["as another Python says it", ""])
+def test_a_string_without_end_is_known_in_any_pythons_words(tmp_path, monkeypatch, cause):
+    """Cut off by a block's end, it is read on; by the file's end, that is told."""
+    described = json.JSONDecodeError.__init__
+    monkeypatch.setattr(json.JSONDecodeError, "__init__", lambda self, msg, *place: described(self, cause, *place))
+    text = '[{"prefix": "a", "text": "' + "long " * 20 + '"}]'
+    for block in (1, 40, 1000):
+        assert list(elements(io.StringIO(text), block)) == json.loads(text)
+    (tmp_path / "cut.json").write_text(text[:-4])
+    with pytest.raises(InputError, match="The file ends too early"):
+        list(read_rows(tmp_path / "cut.json"))
 
 
 def test_a_missing_file_is_told(tmp_path):
@@ -215,6 +269,23 @@ def test_a_normaliser_that_changes_the_text(small, real):
     assert encoded.ends[-1] == 9 and 3 in encoded.ends and encoded.ends[-2] == 8
 
 
+def test_what_is_merged_or_dropped_behind_white_space_goes_with_it(small):
+    # As XLNet: two quotes become one, whose offsets are those of the second; white space is split off, and comes back.
+    xlnet = unigram(['a "b" a'] * 9, 300)
+    quotes = [normalizers.Replace(written, '"') for written in ("``", "''")]
+    splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    xlnet.backend_tokenizer.normalizer = normalizers.Sequence(quotes)
+    xlnet.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    encoded = Encoder(xlnet).encode("a", " ``b '' a")
+    tokens = xlnet.convert_ids_to_tokens(encoded.input_ids[encoded.response_start :])
+    assert tokens == ["▁", '"', "b", "▁", '"', "▁", "a", "</s>"]
+    assert encoded.ends[[1, 2, 4, 6, 7]].tolist() == [3, 4, 7, 9, 10]
+    assert 0 < encoded.ends[0] < 3 and 4 < encoded.ends[3] < 7 and 7 < encoded.ends[5] <= 9
+    # WordPiece drops control characters and white space.
+    encoded = small["wordpiece"].encode("a", " b\x00 \x00\xadc \x00")
+    assert encoded.ends.tolist() == [3, 8, 11]
+
+
 def test_a_byte_without_a_token_belongs_to_the_token_in_front(real):
     # This tokenizer knows the bytes of "ab" alone, drops others from a text, and counts its offsets without them.
     encoded = Encoder(byte_level_bpe(["ab"], 40, all_bytes=False)).encode("a", "éabxxab€")
@@ -222,6 +293,10 @@ def test_a_byte_without_a_token_belongs_to_the_token_in_front(real):
     # SmolLM2 has no token for the control character U+0014.
     encoded = real["smollm2"].encode("x:\n", "one\x14two\x14, three")
     assert encoded.ends.tolist() == [4, 8, 9, 15, 16]
+    # A byte that a special token alone holds is part of it where it stands.
+    tokenizer = wordpiece()
+    tokenizer.add_tokens(["A", AddedToken("0\f", special=True, normalized=True)])
+    assert Encoder(tokenizer).encode("", "A0\f").ends.tolist() == [1, 3, 4]
 
 
 def test_part_of_a_character_behind_white_space_that_no_token_holds():

@@ -306,6 +306,15 @@ def test_code_columns_of_other_names(tmp_path):
     assert [row["prefix"] for row in load(output)] == [alpaca_prompt("i", "x"), alpaca_prompt("j")]
 
 
+def test_rows_that_say_more_than_is_read_are_left_out(tmp_path, capsys):
+    rows = [{"instruction": str(i), "output": "o"} for i in range(3)]
+    rows[1]["history"], rows[2]["system"] = [["a", "b"]], ""
+    output = tmp_path / "out.json"
+    prepare_data.main(["code", "--source", str(write_lines(tmp_path / "s.jsonl", rows)), "--output", str(output)])
+    assert [row["prefix"] for row in load(output)] == [alpaca_prompt("0"), alpaca_prompt("2")]
+    assert "1 left out: column 'history' is not empty, and is not read" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 

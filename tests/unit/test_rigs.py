@@ -138,10 +138,16 @@ def test_encoding_any_text(data):
         until = np.cumsum([encoder.forms.lengths[i] for i in plain + behind]) - (len(joined) - len(whole))
         expected = [end - n_bytes(prefix) for end in until[:-1]] + [n_bytes(text) + 1]
         assert ends.tolist() == [end for place, end in enumerate(expected, len(front)) if end > 0 and place > 0]
-    # Elsewhere: after its first character begins, and before the next token's does or its own last one ends.
+    # Elsewhere: after its first character begins, and before the next token's does or its own last one ends. What lies
+    # between two tokens belongs to the second from the first white space on (of which there are tokens).
     if not gives_back and (made.style != "byte-level-bpe" or made.options["complete"]):
         offsets = made.tokenizer(prefix + text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         following = [*(first for first, _ in offsets[1:]), len(prefix + text)]
+        if not made.options["trim"]:  # whose offsets do not show the white space at a token's ends
+            held = {character for form in encoder.forms.texts for character in form if character.isspace()}
+            spaces = {i for i, character in enumerate(prefix + text) if character in held}
+            lasts = (last for _, last in offsets)
+            following = [min({after} | {i for i in spaces if i >= last}) for last, after in zip(lasts, following)]
         spans = [(first, max(last, after)) for (first, last), after in zip(offsets, following)]
         for span, end in zip(spans[len(plain + behind) - len(ends) :], ends):
             low, high = (n_bytes((prefix + text)[:border]) - n_bytes(prefix) for border in span)

@@ -226,10 +226,41 @@ def test_byte_level_token_outside_the_byte_alphabet_is_literal():
 def test_byte_tokens_are_bytes_only_where_the_tokenizer_falls_back_to_bytes():
     vocabulary = {"<0x0A>": 0, "▁a": 1}
     with_fallback = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    assert token_forms(wrap(models.BPE(vocabulary, []), with_fallback)).forms == [b"\n", b" a"]
-    assert token_forms(wrap(models.BPE(vocabulary, []), decoders.Metaspace())).forms == [b"<0x0A>", b" a"]
     model_falls_back = models.BPE(vocabulary, [], byte_fallback=True)
-    assert token_forms(wrap(model_falls_back, decoders.Metaspace())).forms == [b"\n", b" a"]
+    for model, decoder, falls_back in (
+        (models.BPE(vocabulary, []), with_fallback, True),
+        (models.BPE(vocabulary, []), decoders.Metaspace(), False),
+        (model_falls_back, decoders.Metaspace(), True),
+        (model_falls_back, decoders.ByteLevel(), False),
+    ):
+        forms = token_forms(wrap(model, decoder))
+        assert forms.forms[0] == (b"\n" if falls_back else b"<0x0A>")
+        assert forms.is_byte_fallback.tolist() == [falls_back, False]
+
+
+def test_byte_fallback_tokens_come_last_by_preference():
+    vocabulary = {"0": 0, "<0x30>": 1, "<0x0A>": 2, "a": 3, "</s>": 4, "<0x61>": 5}
+    tokenizer = wrap(models.BPE(vocabulary, [], byte_fallback=True), decoders.Metaspace())
+    tokenizer.add_tokens([AddedToken("<0x61>", special=True)], special_tokens=True)  # now it is what it says
+    forms = token_forms(tokenizer)
+    assert forms.forms == [b"0", b"0", b"\n", b"a", b"</s>", b"<0x61>"]
+    assert forms.is_byte_fallback.tolist() == [False, True, True, False, False, False]
+    assert forms.by_preference.tolist() == [0, 3, 4, 5, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["phi-3", "llama-2", "gemma-2"])
+def test_of_equal_forms_text_is_written_with_the_preferred_one(name, forms_of):
+    tokenizer = load_real(name)
+    forms = forms_of(tokenizer)
+    assert forms.is_byte_fallback.sum() == {"gemma-2": 255}.get(name, 256)
+    ids_of_form = {}
+    for i in forms.by_preference.tolist():
+        ids_of_form.setdefault(forms.forms[i], []).append(i)
+    rivals = {form: ids for form, ids in ids_of_form.items() if forms.is_byte_fallback[ids[-1]] and form.isascii()}
+    assert rivals[b"\n"] == tokenizer.convert_tokens_to_ids(["\n", "<0x0A>"] if name == "gemma-2" else ["<0x0A>"])
+    for form, ids in rivals.items():
+        written = tokenizer(f"a{form.decode()}b\n{form.decode()}\n", add_special_tokens=False)["input_ids"]
+        assert ids[0] in written and not set(ids[1:]) & set(written)
 
 
 def test_an_unused_id_is_empty_and_special():
@@ -286,9 +317,11 @@ def test_the_fingerprint_tells_vocabularies_apart():
         make([b"c", b"ab"]),
         make([b"ab", b"c", b""]),
         make([b"ab", b"c"], special=[0]),
+        make([b"ab", b"c"], special=[1]),
+        make([b"ab", b"c"], byte_fallback=[1]),
     ]
-    assert len({forms.fingerprint for forms in (base, *others)}) == 5
-    padded = TokenForms("other/name", base.forms, base.is_special, {"pad": 1})
+    assert len({forms.fingerprint for forms in (base, *others)}) == 7
+    padded = TokenForms("other/name", base.forms, base.is_special, base.is_byte_fallback, {"pad": 1})
     assert padded.fingerprint == base.fingerprint
 
 
@@ -299,10 +332,9 @@ def test_the_largest_vocabulary_is_read_in_three_seconds():
     assert time.process_time() - start < 3.0
 
 
-def make(forms: list[bytes], special=()) -> TokenForms:
-    is_special = np.zeros(len(forms), dtype=bool)
-    is_special[list(special)] = True
-    return TokenForms(name="made", forms=forms, is_special=is_special, roles={})
+def make(forms: list[bytes], special=(), byte_fallback=()) -> TokenForms:
+    is_special, is_byte_fallback = (np.isin(range(len(forms)), ids) for ids in (special, byte_fallback))
+    return TokenForms("made", forms, is_special, is_byte_fallback, {})
 
 
 def wrap(model, decoder) -> PreTrainedTokenizerFast:
