@@ -19,7 +19,7 @@ class LoadedModel(HFLM):
 
     def _create_model(self, pretrained, dtype="auto", trust_remote_code=False, peft=None, **_) -> None:
         path = peft or pretrained
-        options = StudentArguments(path, trust_remote_code=bool(trust_remote_code))
+        options = StudentArguments(path, trust_remote_code=trust_remote_code)
         self._model = load_model(path, "model", str(dtype), options, len(self.tokenizer)).to(self.device)
 
 
