@@ -4,11 +4,17 @@ Whatever goes wrong ends a script with status 2 and one message.
 """
 
 import argparse
-import sys
+import contextlib
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+
+from modeling.errors import InputError, one_message, user_input
+
+
+def main(kind: str, description: str) -> None:
+    """The builder script of mappers of this kind."""
+    arguments = parse_arguments(description)
+    one_message(lambda: build_and_save(kind, arguments))()
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -54,87 +60,76 @@ def parse_arguments(description: str) -> argparse.Namespace:
         folder = Path(name).expanduser()
         # A hub name is `name` or `owner/name`; anything else can only be meant as a folder.
         looks_like_a_folder = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
-        if looks_like_a_folder and not folder.is_dir():
+        if folder.is_dir():
+            setattr(arguments, flag, str(folder))
+        elif looks_like_a_folder:
             parser.error(f"--{flag}: there is no folder {folder}")
     return arguments
 
 
-def build_and_save(build: Callable, arguments: argparse.Namespace) -> None:
-    """Build a mapper with `build(teacher_forms, student_forms, threshold)`, write it and print its report."""
-    outputs = {"output": arguments.output, "export_json": arguments.export_json}
-    for flag, path in outputs.items():
-        if path is not None:
-            _make_room(flag, path)  # before the minute that building takes
+def build_and_save(kind: str, arguments: argparse.Namespace) -> None:
+    """Build a mapper, print its report and write it. Raises InputError."""
+    for flag in ("output", "export_json"):
+        _make_room(flag, getattr(arguments, flag))  # before the minute that building takes
 
+    # Heavy, so only once --help has been answered.
+    from get_vocab_mapper.builders import BUILDERS, report
+    from get_vocab_mapper.mapper_file import export_json, save_mapper
     from get_vocab_mapper.token_forms import token_forms
 
     forms = []
     for flag in ("teacher", "student"):
         tokenizer = _load_tokenizer(flag, getattr(arguments, flag), arguments.trust_remote_code)
-        try:
+        with user_input(f"--{flag}"):
             forms.append(token_forms(tokenizer))
-        except ValueError as error:
-            _fail(f"--{flag}: {error}")
-    try:
-        mapper = build(*forms, threshold=arguments.simi_threshold)
-    except ValueError as error:
-        _fail(str(error))
-    print(mapper.report(*forms))
-    for flag, path, write in (
-        ("output", arguments.output, mapper.save),
-        ("export_json", arguments.export_json, mapper.export_json),
-    ):
+    with user_input():
+        mapper = BUILDERS[kind](*forms, threshold=arguments.simi_threshold)
+    print(report(mapper, *forms))
+    for flag, write in (("output", save_mapper), ("export_json", export_json)):
+        path = getattr(arguments, flag)
         if path is not None:
             replaced = path.exists()
             try:
-                write(path)
+                write(mapper, path)
             except OSError as error:
-                _fail(f"--{flag} {path}: it cannot be written: {error.strerror or error}.")
+                raise InputError(f"--{flag} {path}: it cannot be written: {error.strerror or error}.") from error
             print(f"written{', in the place of an older file' if replaced else ''}: {path}")
 
 
-def _make_room(flag: str, path: Path) -> None:
-    """The folder of a file that is to be written; ends the script where no file can be written there."""
+def _make_room(flag: str, path: Path | None) -> None:
+    """Makes the folder of a file that is to be written. Raises InputError where no file can be written there."""
+    if path is None:
+        return
     if path.is_dir():
-        _fail(f"--{flag} {path}: this is a folder. Give the name of a file.")
+        raise InputError(f"--{flag} {path}: this is a folder. Give the name of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        _fail(f"--{flag} {path}: no file can be written there: {error.strerror}. Give another folder.")
+        raise InputError(
+            f"--{flag} {path}: no file can be written there: {error.strerror}. Give another folder."
+        ) from error
 
 
 def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
-    folder = Path(name).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
-            _fail(
+            raise InputError(
                 f"--{flag} {name}: the tokenizer needs Python code that comes with it, which is not run unasked. Read "
                 "the code; where you trust it, give --trust_remote_code true."
-            )
-        _fail(f"--{flag}: no tokenizer could be loaded from {name!r}: {error}")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+            ) from error
+        raise InputError(f"--{flag}: no tokenizer could be loaded from {name!r}: {error}") from error
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, and is {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0.0 <= float(text) <= 1.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, and is {text}")
 
 
 def _true_or_false(text: str) -> bool:

@@ -6,11 +6,7 @@ Example:
       --student Qwen/Qwen2-1.5B-Instruct --output mappers/phi3_to_qwen2.safetensors
 """
 
-from get_vocab_mapper.builder_cli import build_and_save, parse_arguments
+from get_vocab_mapper.builder_cli import main
 
 if __name__ == "__main__":
-    arguments = parse_arguments(__doc__)
-
-    from get_vocab_mapper.vocab_mapper import build_prefixem  # heavy, so only once --help has been answered
-
-    build_and_save(build_prefixem, arguments)
+    main("prefixem", __doc__)

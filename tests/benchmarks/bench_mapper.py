@@ -32,22 +32,21 @@ def measure(teacher: str, student: str, kind: str, threshold: float) -> dict[str
     # Here and not above: the process that starts this one stays small.
     from transformers import AutoTokenizer
 
-    from get_vocab_mapper import vocab_mapper
+    from get_vocab_mapper.builders import BUILDERS
     from get_vocab_mapper.token_forms import token_forms
 
-    build = getattr(vocab_mapper, f"build_{kind}")
     start = time.perf_counter()
     forms = [token_forms(AutoTokenizer.from_pretrained(name)) for name in (teacher, student)]
     read = time.perf_counter() - start
     before, wall, cpu = peak_bytes(), time.perf_counter(), time.process_time()
-    mapper = build(*forms, threshold=threshold, progress=False)
+    mapper = BUILDERS[kind](*forms, threshold=threshold, progress=False)
     return {
         "read": read,
         "build": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
         "peak": peak_bytes(),
         "beyond": peak_bytes() - before,
-        "similar": len(mapper.similar_to_student.indices),
+        "similar": len(mapper.to_student.indices),
     }
 
 

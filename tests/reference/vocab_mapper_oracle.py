@@ -75,7 +75,7 @@ def mined_choice(text: str, candidates: list[tuple], distance=levenshtein) -> tu
 
 
 def static_map(kind: str, teacher, student, distance=levenshtein) -> tuple[list[int], list[int]]:
-    """teacher_to_student and student_to_teacher of a mapper of this kind."""
+    """The static maps of a mapper of this kind: the student id or -1 of each teacher id, and the other way round."""
     pairs = role_pairs(teacher, student)
     forward = exact(teacher, student, pairs)
     backward = exact(student, teacher, [(u, v) for v, u in pairs])
