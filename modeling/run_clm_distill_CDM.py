@@ -31,49 +31,29 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from get_vocab_mapper.vocab_mapper import VocabMapper, load_mapper
-from modeling.alignment import (
-    alignment_counts,
-    byte_groups,
-    concatenate_groups,
-    dtw_groups,
-    entropy,
-    entropy_and_logsumexp,
-    entropy_weights,
-)
-from modeling.arguments import (
-    DataArguments,
-    DistillationArguments,
-    StudentArguments,
-    TrainingArguments,
-    check,
-    parse_arguments,
-)
-from modeling.contextual_mapping import contextual_kl, direction_maps
-from modeling.distillation_trainer import DistillationTrainer
-from modeling.divergences import Logits, kl_divergence
-from modeling.errors import one_message, user_input
-from modeling.examples import Response, ResponseCollator, require_same_tokenizer
-from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
-from modeling.teachers import Teacher
+from get_vocab_mapper.mapper import VocabMapper
+from modeling.errors import one_message
+from modeling.losses.alignment import entropy_dtw
+from modeling.losses.divergences import kl_rows
+from modeling.losses.logits import Logits, entropy
+from modeling.losses.mapping import contextual_kl
+from modeling.losses.result import Losses
+from modeling.losses.rows import StudentRows
+from modeling.models.teachers import Teacher
+from modeling.text.batch import Batch
+from modeling.training.arguments import MapperArguments, check
+from modeling.training.run import Run
+from modeling.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class CDMArguments:
+class CDMArguments(MapperArguments):
     """What is CDM's own."""
 
-    teacher_to_student_id_mapping: str = field(
-        metadata={
-            "help": "The mapper file of this pair, made by get_vocab_mapper/get_em_mapper.py (or the MinED or prefixEM "
-            "one), or a JSON file {teacher id: student id} as the published scripts have it. Required."
-        }
-    )
     topk: int = field(
         default=100,
         metadata={
@@ -103,6 +83,7 @@ class CDMArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check(self.topk >= 1, "topk", self.topk, "give 1 or more")
         check(0 < self.simi_threshold <= 1, "simi_threshold", self.simi_threshold, "give a number above 0, at most 1")
         check(0 <= self.cross_weight <= 1, "cross_weight", self.cross_weight, "give a number from 0 to 1")
@@ -118,12 +99,53 @@ class CDMArguments:
         return (*of_two, "mapped_rate", "teacher_mass", "one_to_one", "aligned")
 
 
+def cdm_losses(
+    student: Logits,
+    teacher: Logits,
+    batch: Batch,
+    mapper: VocabMapper,
+    topk: int = 100,
+    temperature: float = 1.0,
+    same_tokenizer_teacher: Logits | None = None,
+    cross_weight: float = 0.5,
+) -> Losses:
+    """CDM over the aligned groups of every response, and the cross-entropy.
+
+    Args:
+        student, teacher: z^S `[R_S, V_S]` and z^T `[R_T, V_T]`. The teacher is a constant.
+        batch: with these response tokens; with `groups` where the alignment needs the text alone, else with
+            `token_distances`.
+        mapper: of the two vocabularies.
+        topk: k ≥ 1.
+        temperature: τ > 0.
+        same_tokenizer_teacher: z^T' `[R_S, V_S]`, the second teacher's logits, where there is one.
+        cross_weight: β, of 0 to 1.
+    """
+    rows, groups = StudentRows(student, batch.student.labels), batch.groups
+    if groups is None:
+        groups = entropy_dtw(rows.entropy(), entropy(teacher), batch)  # steps 1 to 3
+    cdm = contextual_kl(rows, teacher, groups, mapper, topk, temperature)  # [G], steps 4 and 5
+    kd, covered, parts = cdm.kd, groups.student.size, {}  # KD_g counts |J_g| tokens
+    if same_tokenizer_teacher is not None:
+        fkd = rows.read(lambda student, second: kl_rows(second, student, temperature), same_tokenizer_teacher)  # [R_S]
+        parts = {"kd_cdm_loss": (kd * covered).sum(), "kd_fkd_loss": fkd.sum()}
+        kd = torch.cat([cross_weight * kd, (1 - cross_weight) * fkd])
+        covered = torch.cat([covered, torch.ones_like(batch.student.labels)])
+    means = {
+        "mapped_rate": (cdm.mapped_rate.sum(), len(groups)),
+        "teacher_mass": (cdm.teacher_mass.sum(), len(groups)),
+        "one_to_one": (groups.one_to_one, len(rows)),
+        "aligned": (groups.aligned, len(rows)),
+    }
+    return Losses(rows.ce, kd, covered, parts, means)
+
+
 class CDMTrainer(DistillationTrainer):
-    """CDM over the groups of every response.
+    """CDM.
 
     Args beyond those of `DistillationTrainer`:
         mapper: of this pair of tokenizers.
-        topk, kd_temperature, alignment, cross_weight: as in `CDMArguments` and `DistillationArguments`.
+        topk, cross_weight: as in `CDMArguments`.
         same_tokenizer_teacher: the second teacher, where there is one, which is fed the student's tokens.
     """
 
@@ -132,129 +154,46 @@ class CDMTrainer(DistillationTrainer):
         *args,
         mapper: VocabMapper,
         topk: int,
-        kd_temperature: float,
-        alignment: str,
         cross_weight: float = 0.5,
         same_tokenizer_teacher: Teacher | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.teacher_to_student, self.student_to_teacher = direction_maps(mapper)
-        self.topk = topk
-        self.kd_temperature = kd_temperature
-        self.alignment = alignment
-        self.cross_weight = cross_weight
-        self.same_tokenizer_teacher = same_tokenizer_teacher
+        self.mapper, self.topk = mapper, topk
+        self.same_tokenizer_teacher, self.cross_weight = same_tokenizer_teacher, cross_weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student = self.student_logits(model, inputs)  # z^S [R_S, V_S]
-        teacher = self.teacher_logits(inputs)  # z^T [R_T, V_T]
-        responses = [response for response in inputs["responses"] if len(response.ends)]
-
-        aligned, logsumexp = self.align(student, teacher, responses)  # steps 1 to 3
-        groups = concatenate_groups(aligned)
-        cdm = contextual_kl(  # steps 4 and 5
-            student,
-            teacher,
-            groups,
-            self.teacher_to_student,
-            self.student_to_teacher,
-            self.topk,
-            self.kd_temperature,
-            self.response_labels(inputs),
-            logsumexp,
-        )
-        kd = cdm.kd * torch.from_numpy(groups.student_size).to(cdm.kd.device)  # [G]: KD_g counts |J_g| tokens
-        parts = {}
+        student, teacher, second = self.student_logits(model, inputs), self.teacher_logits(inputs), None
         if self.same_tokenizer_teacher is not None:
-            same = self.logits_of(self.same_tokenizer_teacher, inputs, self.n_student_tokens)  # z^T' [R_S, V_S]
-            fkd = kl_divergence(same, student, self.kd_temperature)  # [R_S]
-            parts = {"kd_cdm_loss": kd, "kd_fkd_loss": fkd}
-            kd = torch.cat([self.cross_weight * kd, (1 - self.cross_weight) * fkd])
-
-        self.record("mapped_rate", cdm.mapped_rate.sum(), len(groups))
-        self.record("teacher_mass", cdm.teacher_mass.sum(), len(groups))
-        ends = [(response.teacher_ends, response.ends) for response in responses]
-        for name, count in alignment_counts(ends, aligned).items():
-            self.record(name, count, len(student))
-        return self.step_loss(inputs, cdm.ce, kd, num_items_in_batch, **parts)
-
-    def align(
-        self, student: Logits, teacher: Logits, responses: list[Response]
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], Tensor | None]:
-        """`(teacher_group, student_group)` of each response; and ln Σ exp of each row of the student's, if at hand."""
-        if self.alignment == "byte":
-            return [byte_groups(r.teacher_ends, r.ends) for r in responses], None
-        teacher_lengths, student_lengths = [len(r.teacher_ends) for r in responses], [len(r.ends) for r in responses]
-        student_entropy, logsumexp = entropy_and_logsumexp(student)
-        weights = torch.cat(
-            [
-                entropy_weights(entropy(teacher), teacher_lengths),
-                entropy_weights(student_entropy, student_lengths),
-            ]
-        ).cpu()  # one copy to the host for both sides
-        weights = [part.numpy() for part in weights.split(teacher_lengths + student_lengths)]
-        groups = [
-            dtw_groups(r.distance, r.teacher_index, r.student_index, teacher_weights, student_weights)
-            for r, teacher_weights, student_weights in zip(responses, weights, weights[len(responses) :])
-        ]
-        return groups, logsumexp
+            second = self.logits_of(self.same_tokenizer_teacher, inputs.student, self.student_vocab_size)
+        losses = cdm_losses(
+            *(student, teacher, inputs, self.mapper, self.topk, self.kd_temperature),
+            same_tokenizer_teacher=second,
+            cross_weight=self.cross_weight,
+        )
+        return self.weigh(losses, inputs, num_items_in_batch)
 
 
 @one_message
 def main() -> None:
-    student_args, distillation_args, cdm_args, data_args, training_args = parse_arguments(
-        [StudentArguments, DistillationArguments, CDMArguments, DataArguments, TrainingArguments], description=__doc__
-    )
-    start(training_args, data_args)
-    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
-    second_path = cdm_args.same_tokenizer_teacher_path
-    student_tokens, teacher_tokens, *second_tokens = look_at_models(
-        student_args, data_args.block_size, **models, same_tokenizer_teacher_path=second_path
-    )
-    for tokens in second_tokens:
-        with user_input(f"--same_tokenizer_teacher_path {second_path}"):
-            require_same_tokenizer(student_tokens, tokens)
-    with user_input("--teacher_to_student_id_mapping"):
-        mapper = load_mapper(
-            cdm_args.teacher_to_student_id_mapping, teacher_tokens.forms, student_tokens.forms, cdm_args.simi_threshold
-        )
-    smaller = min(len(teacher_tokens.forms), len(student_tokens.forms))
-    if cdm_args.topk > smaller and training_args.should_log:
-        logger.warning("--topk is %d, and the smaller vocabulary has %d tokens: all are taken.", cdm_args.topk, smaller)
-    student = load_student(student_args)
-    teacher = load_teacher(distillation_args, student_args, training_args)
-    second = None
-    if cdm_args.same_tokenizer_teacher_path is not None:
-        path = cdm_args.same_tokenizer_teacher_path
-        second = load_teacher(distillation_args, student_args, training_args, path, "same_tokenizer_teacher_path")
-    train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
-    signals = teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation))
+    run = Run(__doc__, method=CDMArguments)
+    args = run.method
+    second = args.same_tokenizer_teacher_path
     if second is not None:
-        second = teacher_signals(
-            *(second, distillation_args, student_args, training_args, (train, validation)),
-            *(path, "same_tokenizer_teacher_path"),
-            side="",
-        )
-    trainer = CDMTrainer(
-        model=student.model,
-        teacher=signals,
-        same_tokenizer_teacher=second,
-        cross_weight=cdm_args.cross_weight,
+        second = run.model(second, "same_tokenizer_teacher_path")
+        run.require_same_tokenizer(second)
+    mapper = run.mapper("em", args.simi_threshold, any_kind=True)
+    smaller = min(mapper.teacher.vocab_size, mapper.student.vocab_size)
+    if args.topk > smaller and run.training.should_log:
+        logger.warning("--topk is %d, and the smaller vocabulary has %d tokens: all are taken.", args.topk, smaller)
+    run.train(
+        CDMTrainer,
+        alignment="byte" if args.alignment == "byte" else "entropy_dtw",
         mapper=mapper,
-        topk=cdm_args.topk,
-        alignment=cdm_args.alignment,
-        kd_alpha=distillation_args.kd_alpha,
-        kd_temperature=distillation_args.kd_temperature,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=ResponseCollator(student.encoder, teacher.encoder, edit_distances=cdm_args.alignment == "dtw"),
-        processing_class=student.tokenizer,
-        n_student_tokens=student.n_tokens,
-        n_teacher_tokens=teacher.n_tokens,
+        topk=args.topk,
+        same_tokenizer_teacher=second,
+        cross_weight=args.cross_weight,
     )
-    run(trainer)
 
 
 if __name__ == "__main__":

@@ -11,67 +11,48 @@ The divergence is taken token by token on the text of the training file, not on 
 Both models must have the same tokenizer: the same tokens under the same ids.
 """
 
-from modeling.arguments import (
-    DataArguments,
-    SoftDistillationArguments,
-    StudentArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from modeling.distillation_trainer import DistillationTrainer
-from modeling.divergences import cross_entropy_and_kl
-from modeling.errors import one_message, user_input
-from modeling.examples import ResponseCollator, require_same_tokenizer, require_same_tokens
-from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
+from modeling.errors import one_message
+from modeling.losses.divergences import kl_rows
+from modeling.losses.logits import Logits
+from modeling.losses.result import Losses
+from modeling.losses.rows import StudentRows
+from modeling.text.batch import Batch, require_same_tokens
+from modeling.training.arguments import SoftDistillationArguments
+from modeling.training.run import Run
+from modeling.training.trainer import DistillationTrainer
+
+
+def rkd_losses(student: Logits, teacher: Logits, batch: Batch, temperature: float = 2.0) -> Losses:
+    """Reverse KL of every response token, and its cross-entropy.
+
+    Args:
+        student, teacher: z^S and z^T, `[R, V]` each, row by row of the same token. The teacher is a constant.
+        batch: with these R response tokens.
+        temperature: τ > 0.
+
+    Raises:
+        InputError: a response was split into other tokens on the two sides.
+    """
+    require_same_tokens(batch)
+    rows = StudentRows(student, batch.student.labels)
+    kd = rows.read(lambda student, teacher: kl_rows(student, teacher, temperature), teacher)  # [R]
+    return Losses(rows.ce, kd)
 
 
 class RKDTrainer(DistillationTrainer):
-    """Reverse KL of every response token.
-
-    Args beyond those of `DistillationTrainer`:
-        kd_temperature: τ.
-    """
-
-    def __init__(self, *args, kd_temperature: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.kd_temperature = kd_temperature
+    """Reverse KL."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        require_same_tokens(inputs["responses"])
-        student = self.student_logits(model, inputs)  # z^S [R, V]
-        teacher = self.teacher_logits(inputs)  # z^T [R, V], row by row of the same token
-        ce, kd = cross_entropy_and_kl(  # [R], [R]
-            student, self.response_labels(inputs), teacher, self.kd_temperature, reverse=True
-        )
-        return self.step_loss(inputs, ce, kd, num_items_in_batch)
+        student, teacher = self.student_logits(model, inputs), self.teacher_logits(inputs)
+        losses = rkd_losses(student, teacher, inputs, self.kd_temperature)
+        return self.weigh(losses, inputs, num_items_in_batch)
 
 
 @one_message
 def main() -> None:
-    student_args, distillation_args, data_args, training_args = parse_arguments(
-        [StudentArguments, SoftDistillationArguments, DataArguments, TrainingArguments], description=__doc__
-    )
-    start(training_args, data_args)
-    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
-    with user_input():
-        require_same_tokenizer(*look_at_models(student_args, data_args.block_size, **models))
-    student = load_student(student_args)
-    teacher = load_teacher(distillation_args, student_args, training_args)
-    train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
-    trainer = RKDTrainer(
-        model=student.model,
-        teacher=teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation)),
-        kd_alpha=distillation_args.kd_alpha,
-        kd_temperature=distillation_args.kd_temperature,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=ResponseCollator(student.encoder, teacher.encoder),
-        processing_class=student.tokenizer,
-        n_student_tokens=student.n_tokens,
-        n_teacher_tokens=teacher.n_tokens,
-    )
-    run(trainer)
+    run = Run(__doc__, distillation=SoftDistillationArguments)
+    run.require_same_tokenizer()
+    run.train(RKDTrainer)
 
 
 if __name__ == "__main__":

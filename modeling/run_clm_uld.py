@@ -15,22 +15,15 @@ Logged beside the losses: paired (the share of student tokens that have a teache
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from modeling.alignment import same_index_rows
-from modeling.arguments import (
-    DataArguments,
-    DistillationArguments,
-    StudentArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from modeling.distillation_trainer import DistillationTrainer
-from modeling.divergences import cross_entropy_and, sorted_distance_rows
 from modeling.errors import one_message
-from modeling.examples import ResponseCollator
-from modeling.experiment import load_data, load_student, load_teacher, look_at_models, run, start, teacher_signals
+from modeling.losses.divergences import sorted_distance_rows
+from modeling.losses.logits import Logits, PickedRows
+from modeling.losses.result import Losses
+from modeling.losses.rows import StudentRows
+from modeling.text.batch import Batch
+from modeling.training.arguments import DistillationArguments
+from modeling.training.run import Run
+from modeling.training.trainer import DistillationTrainer
 
 
 @dataclass
@@ -42,58 +35,37 @@ class ULDArguments(DistillationArguments):
     )
 
 
-class ULDTrainer(DistillationTrainer):
-    """Distance of sorted probabilities at every index that both sides have.
+def uld_losses(student: Logits, teacher: Logits, batch: Batch, temperature: float = 1.0) -> Losses:
+    """Distance of sorted probabilities at every index that both sides have, and the cross-entropy.
 
-    Args beyond those of `DistillationTrainer`:
-        kd_temperature: τ.
+    Args:
+        student, teacher: z^S `[R_S, V_S]` and z^T `[R_T, V_T]`. The teacher is a constant.
+        batch: with these response tokens, and `index_rows`.
+        temperature: τ > 0.
     """
 
-    def __init__(self, *args, kd_temperature: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.kd_temperature = kd_temperature
+    def distance(student, teacher, teacher_row):
+        return (teacher_row >= 0) * sorted_distance_rows(student, teacher, temperature)
+
+    rows = StudentRows(student, batch.student.labels)
+    kd = rows.read(distance, PickedRows(teacher, batch.index_rows), batch.index_rows)  # [R_S]
+    paired = sum(map(min, zip(batch.student.lengths, batch.teacher.lengths)))
+    return Losses(rows.ce, kd, means={"paired": (paired, len(rows))})
+
+
+class ULDTrainer(DistillationTrainer):
+    """Distance of sorted probabilities."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student = self.student_logits(model, inputs)  # z^S [R_S, V_S]
-        teacher = self.teacher_logits(inputs)  # z^T [R_T, V_T]
-
-        lengths = [(len(r.teacher_ends), len(r.ends)) for r in inputs["responses"]]
-        rows = torch.from_numpy(same_index_rows(lengths)).to(teacher.device)  # [R_S], −1 without a partner
-        teacher = teacher.index_select(0, rows.clamp(min=0))  # [R_S, V_T]
-
-        def divergence(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-            return (rows >= 0) * sorted_distance_rows(student, teacher, self.kd_temperature)
-
-        ce, kd = cross_entropy_and(divergence, student, self.response_labels(inputs), teacher, rows)  # [R_S], [R_S]
-        self.record("paired", sum(map(min, lengths)), len(rows))
-        return self.step_loss(inputs, ce, kd, num_items_in_batch)
+        student, teacher = self.student_logits(model, inputs), self.teacher_logits(inputs)
+        losses = uld_losses(student, teacher, inputs, self.kd_temperature)
+        return self.weigh(losses, inputs, num_items_in_batch)
 
 
 @one_message
 def main() -> None:
-    student_args, distillation_args, data_args, training_args = parse_arguments(
-        [StudentArguments, ULDArguments, DataArguments, TrainingArguments], description=__doc__
-    )
-    start(training_args, data_args)
-    models = {"model_name_or_path": student_args.model_name_or_path, "teacher_path": distillation_args.teacher_path}
-    look_at_models(student_args, data_args.block_size, **models)
-    student = load_student(student_args)
-    teacher = load_teacher(distillation_args, student_args, training_args)
-    train, validation = load_data(data_args, training_args, [student.encoder, teacher.encoder])
-    trainer = ULDTrainer(
-        model=student.model,
-        teacher=teacher_signals(teacher, distillation_args, student_args, training_args, (train, validation)),
-        kd_alpha=distillation_args.kd_alpha,
-        kd_temperature=distillation_args.kd_temperature,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=ResponseCollator(student.encoder, teacher.encoder),
-        processing_class=student.tokenizer,
-        n_student_tokens=student.n_tokens,
-        n_teacher_tokens=teacher.n_tokens,
-    )
-    run(trainer)
+    run = Run(__doc__, distillation=ULDArguments)
+    run.train(ULDTrainer, alignment="index")
 
 
 if __name__ == "__main__":

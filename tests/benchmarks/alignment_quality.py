@@ -19,8 +19,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from modeling.alignment import aligned_tokens, byte_groups, dtw_groups, one_to_one_tokens
-from modeling.examples import Encoder, ResponseCollator, alpaca_prompt, prepare_example
+from modeling.text.alignment import aligned_tokens, byte_groups, dtw_groups, one_to_one_tokens
+from modeling.text.batch import ResponseCollator
+from modeling.text.encoder import Encoder, prepare_example
+from modeling.text.rows import alpaca_prompt
 
 PAIRS = (("phi-3", "qwen2"), ("llama-3", "gemma-2"), ("llama-3", "opt"), ("qwen2", "opt"))
 
@@ -45,30 +47,25 @@ def weights(kind: str, encoder: Encoder, ids: np.ndarray, random: np.random.Gene
 
 
 def measure(teacher: Encoder, student: Encoder, examples: list[dict], errors: Counter) -> dict[str, dict[str, float]]:
-    collate = ResponseCollator(student, teacher, edit_distances=True)
-    random = np.random.default_rng(0)
+    collate, random = ResponseCollator(student, teacher, "entropy_dtw"), np.random.default_rng(0)
     totals: dict[str, np.ndarray] = {}
     for example in tqdm(examples, leave=False):
-        prepared = prepare_example(example, [student, teacher], 1024)
-        if not len(prepared["ends"]):
+        batch = collate([prepare_example(example, [student, teacher], 1024)])
+        if not batch.rows:
             continue
-        r = collate([prepared])["responses"][0]
-        teacher_ids = prepared["teacher_input_ids"][prepared["teacher_response_start"] :]
-        student_ids = prepared["input_ids"][prepared["response_start"] :]
-        ways = {"byte": byte_groups(r.teacher_ends, r.ends)}
+        (d,), ends = batch.token_distances, (*batch.teacher.byte_ends, *batch.student.byte_ends)
+        sides = (teacher, batch.teacher.labels.numpy()), (student, batch.student.labels.numpy())
+        ways = {"byte": byte_groups(*ends)}
         for kind in ("equal", "random", "word starts"):
-            w = [weights(kind, *side, random) for side in ((teacher, teacher_ids), (student, student_ids))]
-            ways[f"dtw, {kind} weights"] = dtw_groups(r.distance, r.teacher_index, r.student_index, *w)
+            w = [weights(kind, *side, random) for side in sides]
+            ways[f"dtw, {kind} weights"] = dtw_groups(d.table, d.teacher_index, d.student_index, *w)
         for way, groups in ways.items():
-            flags = aligned_tokens(r.teacher_ends, r.ends, *groups)
-            sums = np.array([flags.sum(), one_to_one_tokens(*groups).sum(), len(flags)])
-            totals[way] = totals.get(way, 0) + sums
-            if way == "dtw, equal weights":
-                for g in np.unique(groups[1][~flags]):
-                    sides = []
-                    for side, ids, group in ((teacher, teacher_ids, groups[0]), (student, student_ids, groups[1])):
-                        sides.append(" | ".join(repr(side.forms.texts[i])[1:-1] for i in ids[group == g]))
-                    errors[tuple(sides)] += 1
+            flags = aligned_tokens(*ends, *groups)
+            totals[way] = totals.get(way, 0) + np.array([flags.sum(), one_to_one_tokens(*groups).sum(), len(flags)])
+        flags, groups = aligned_tokens(*ends, *ways["dtw, equal weights"]), ways["dtw, equal weights"]
+        for g in np.unique(groups[1][~flags]):
+            tokens = ((side.forms.texts, ids[group == g]) for (side, ids), group in zip(sides, groups))
+            errors[tuple(" | ".join(repr(texts[i])[1:-1] for i in ids) for texts, ids in tokens)] += 1
     return {way: {"aligned": t[0] / t[2], "one_to_one": t[1] / t[2]} for way, t in totals.items()}
 
 

@@ -27,8 +27,10 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
-from modeling.alignment import dtw_groups
-from modeling.examples import Encoder, Response, ResponseCollator, alpaca_prompt, prepare_example, token_distances
+from modeling.text.alignment import dtw_groups
+from modeling.text.batch import ResponseCollator, TokenDistances, token_distances
+from modeling.text.encoder import Encoder, prepare_example
+from modeling.text.rows import alpaca_prompt
 from tests.benchmarks import PAIRS
 from tests.reference import cdm_oracle
 
@@ -40,7 +42,7 @@ def joined_responses(file: Path, student: Encoder, n_tokens: int, count: int) ->
     texts, start = [], 0
     for _ in range(count):
         piece = whole[start : start + 12 * n_tokens]
-        ends = student.encode("", piece).ends
+        ends = student.encode("", piece).byte_ends
         if len(ends) < n_tokens:
             raise ValueError(f"{file} has too little text for {count} responses of {n_tokens} tokens")
         texts.append(piece.encode()[: ends[n_tokens - 2]].decode("utf-8", "ignore"))
@@ -65,21 +67,20 @@ def response_ids(row: dict, side: str) -> np.ndarray:
     return row[f"{side}input_ids"][row[f"{side}response_start"] :]
 
 
-def random_weights(response: Response) -> list[np.ndarray]:
+def random_weights(distances: TokenDistances) -> list[np.ndarray]:
     random = np.random.default_rng(0)
-    return [random.integers(3, 6, len(ends)) for ends in (response.teacher_ends, response.ends)]
+    return [random.integers(3, 6, len(index)) for index in (distances.teacher_index, distances.student_index)]
 
 
-def fast_groups(response: Response) -> tuple[np.ndarray, np.ndarray]:
-    index = response.teacher_index, response.student_index
-    return dtw_groups(response.distance, *index, *random_weights(response))
+def fast_groups(d: TokenDistances) -> tuple[np.ndarray, np.ndarray]:
+    return dtw_groups(d.table, d.teacher_index, d.student_index, *random_weights(d))
 
 
 def slow_groups(
-    teacher: Encoder, teacher_ids: Sequence[int], student: Encoder, student_ids: Sequence[int], response: Response
+    teacher: Encoder, teacher_ids: Sequence[int], student: Encoder, student_ids: Sequence[int], weights: list
 ) -> list[tuple[list[int], list[int]]]:
     """Alignment as its definition reads, edit distances included."""
-    teacher_weights, student_weights = random_weights(response)
+    teacher_weights, student_weights = weights
     cost = []
     for t, a in zip(teacher_ids, teacher_weights.tolist()):
         cost.append([])
@@ -90,15 +91,15 @@ def slow_groups(
     return cdm_oracle.cut_at_diagonals(cdm_oracle.dtw_path(cost))
 
 
-def oracle_seconds(teacher: Encoder, student: Encoder, row: dict, response: Response, repeats: int) -> float:
+def oracle_seconds(teacher: Encoder, student: Encoder, row: dict, distances: TokenDistances, repeats: int) -> float:
     """Median time of `slow_groups`, whose groups must be those of the fast way."""
     sides = teacher, response_ids(row, "teacher_").tolist(), student, response_ids(row, "").tolist()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        groups = slow_groups(*sides, response)
+        groups = slow_groups(*sides, random_weights(distances))
         seconds.append(time.perf_counter() - start)
-    for side, group in enumerate(fast_groups(response)):
+    for side, group in enumerate(fast_groups(distances)):
         if group.tolist() != [g for g, positions in enumerate(groups) for _ in positions[side]]:
             raise AssertionError("the oracle finds other groups")
     return statistics.median(seconds)
@@ -112,9 +113,10 @@ def measure(
     rows = [{"row": i, "prefix": prompt, "text": text} for i, text in enumerate(texts, 1)]
     Dataset.from_list([prepare_example(row, [student, teacher], n_tokens) for row in rows]).save_to_disk(folder)
     data = Dataset.load_from_disk(folder).with_format("numpy")
-    collator = ResponseCollator(student, teacher, edit_distances=True)
+    collator = ResponseCollator(student, teacher, "entropy_dtw")
     rows = [data[i] for i in range(len(data))]
-    responses = collator(rows)["responses"]
+    batch = collator(rows)
+    distances = batch.token_distances
     distinct = [[np.unique(response_ids(row, side)) for side in ("teacher_", "")] for row in rows]
 
     def table_of(i: int) -> np.ndarray:
@@ -124,10 +126,10 @@ def measure(
     read, _ = median_times(lambda i: data[i], count, repeats)
     collate, collate_cpu = median_times(lambda i: collator([rows[i]]), count, repeats)
     table, _ = median_times(table_of, count, repeats)
-    dtw, dtw_cpu = median_times(lambda i: fast_groups(responses[i]), count, repeats)
+    dtw, dtw_cpu = median_times(lambda i: fast_groups(distances[i]), count, repeats)
     result = {
-        "student_tokens": statistics.mean(len(response.ends) for response in responses),
-        "teacher_tokens": statistics.mean(len(response.teacher_ends) for response in responses),
+        "student_tokens": statistics.mean(batch.student.lengths),
+        "teacher_tokens": statistics.mean(batch.teacher.lengths),
         "read": read,
         "collate": collate,
         "table": table,
@@ -136,8 +138,8 @@ def measure(
     }
     if with_oracle:
         # Of the first example alone, and so is what it is compared with.
-        result["oracle"] = oracle_seconds(teacher, student, rows[0], responses[0], repeats)
-        first, _ = median_times(lambda _: (table_of(0), fast_groups(responses[0])), 1, repeats)
+        result["oracle"] = oracle_seconds(teacher, student, rows[0], distances[0], repeats)
+        first, _ = median_times(lambda _: (table_of(0), fast_groups(distances[0])), 1, repeats)
         result["ratio"] = result["oracle"] / first
     return result
 

@@ -2,8 +2,8 @@
 
     CDM_REAL_DIR=… python -m tests.benchmarks.bench_losses [--pairs phi-3:qwen2 …] [--lengths 256 512 …] [--json FILE]
 
-Timed are `compute_loss` of the real trainers and the backward pass to the student's logits. The logits are given: the
-models' own time does not count. The responses are real ones (Dolly), joined to about the wanted number of student
+Timed are the methods' functions and the backward pass to the student's logits. The logits are given: the models' own
+time does not count. The responses are real ones (Dolly), joined to about the wanted number of student
 tokens in one example and tokenised by real tokenizers; the logits are random, with the real token the likeliest in most
 places. FKD and RKD have a teacher with the student's tokenizer, so of the student's width. The methods take turns, and
 every time is a median.
@@ -16,13 +16,13 @@ every time is a median.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -30,84 +30,33 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from get_vocab_mapper.builders import build_em, build_mined
+from get_vocab_mapper.mapper import VocabMapper
+from get_vocab_mapper.mapper_file import load_mapper, save_mapper
 from get_vocab_mapper.token_forms import TokenForms
-from get_vocab_mapper.vocab_mapper import VocabMapper, build_em, build_mined, load_mapper
-from modeling import contextual_mapping, run_clm_distill_CDM
-from modeling.alignment import Groups, concatenate_groups
-from modeling.contextual_mapping import DirectionMap, contextual_kl, direction_maps
-from modeling.distillation_trainer import ResponseTrainer
-from modeling.divergences import kl_divergence
-from modeling.examples import Encoder, ResponseCollator, alpaca_prompt, prepare_example
-from modeling.run_clm_distill_CDM import CDMTrainer
-from modeling.run_clm_llms_fkd import FKDTrainer
-from modeling.run_clm_llms_rkd import RKDTrainer
-from modeling.run_clm_MinED import MinEDTrainer
-from modeling.run_clm_sft import SFTTrainer
-from modeling.run_clm_uld import ULDTrainer
+from modeling.losses import alignment, mapping
+from modeling.losses.alignment import entropy_dtw
+from modeling.losses.divergences import kl_rows
+from modeling.losses.logits import entropy
+from modeling.losses.mapping import contextual_kl
+from modeling.losses.rows import StudentRows
+from modeling.text.alignment import Groups
+from modeling.text.batch import Batch, ResponseCollator
+from modeling.text.encoder import Encoder, prepare_example
+from modeling.text.rows import alpaca_prompt
 from tests.benchmarks import PAIRS
+from tests.methods import METHODS, ONE_A_SCRIPT, Mappers
 from tests.reference import cdm_oracle
 
 PADDED = {"qwen2": 151_936}  # columns of the family's head, where it has more than the tokenizer has tokens
-TRAINERS = {
-    "SFT": SFTTrainer,
-    "FKD": FKDTrainer,
-    "RKD": RKDTrainer,
-    "ULD": ULDTrainer,
-    "MinED": MinEDTrainer,
-    "CDM": CDMTrainer,
-}
 LEAST_REPEATS, MOST_SECONDS = 3, 60  # of a slow method: no more repeats than that many, once they took so long
-TEMPERATURE = {"FKD": 2.0, "RKD": 2.0, "MinED": 2.0, "ULD": 1.0, "CDM": 1.0}  # the defaults
-
-
-# ------------------------------------------------------------------------------------- trainers without their models
-
-
-def trainer_of(method: str, student: Tensor, teacher: Tensor, **settings) -> ResponseTrainer:
-    """The method's trainer, with logits in place of its models; `settings` are what its `__init__` would set.
-
-    `compute_loss(None, inputs)` gives the loss, a mean over the response tokens.
-    """
-
-    class GivenLogits(TRAINERS[method]):
-        def __init__(self):
-            vars(self).update(settings, kd_alpha=0.5, kd_temperature=TEMPERATURE.get(method))
-
-        def student_logits(self, model, inputs):
-            return student
-
-        def teacher_logits(self, inputs):
-            return teacher
-
-        def record(self, *args):
-            pass
-
-        def require_finite(self, *args):
-            pass
-
-        def per_token(self, inputs, num_items_in_batch, loss, **totals):
-            return loss / len(student)
-
-    return GivenLogits()
-
-
-def cdm_settings(
-    teacher_to_student: DirectionMap, student_to_teacher: DirectionMap, alignment: str = "dtw", topk: int = 100
-) -> dict:
-    return {
-        "teacher_to_student": teacher_to_student,
-        "student_to_teacher": student_to_teacher,
-        "topk": topk,
-        "alignment": alignment,
-        "same_tokenizer_teacher": None,
-    }
 
 
 # --------------------------------------------------------------------------------------------------- real responses
 
 
 class Pair:
-    """Two real tokenizers, and batches of one example of about so many student tokens."""
+    """Two real tokenizers, and examples of about so many student tokens."""
 
     def __init__(self, folder: Path, name: str, mappers: Path):
         self.name = name
@@ -125,15 +74,14 @@ class Pair:
         file = self.mappers / f"{self.teacher_name}-to-{self.student_name}.{kind}.safetensors"
         if not file.exists():
             build = {"em": build_em, "mined": build_mined}[kind]
-            build(self.teacher.forms, self.student.forms).save(file)
+            save_mapper(build(self.teacher.forms, self.student.forms), file)
         return load_mapper(file, self.teacher.forms, self.student.forms, threshold=0.3 if kind == "em" else 0.0)
 
-    def inputs(self, n_tokens: int, teacher: Encoder) -> dict:
-        ends = self.student.encode("", self.text[: 12 * n_tokens]).ends
+    def example(self, n_tokens: int, teacher: Encoder) -> dict:
+        ends = self.student.encode("", self.text[: 12 * n_tokens]).byte_ends
         text = self.text.encode()[: ends[n_tokens - 2]].decode("utf-8", "ignore")  # and EOS
         row = {"row": 1, "prefix": alpaca_prompt("Tell me more."), "text": text}
-        example = prepare_example(row, [self.student, teacher], block_size=16 * n_tokens)
-        return ResponseCollator(self.student, teacher, edit_distances=True)([example])
+        return prepare_example(row, [self.student, teacher], block_size=16 * n_tokens)
 
     def width(self, side: str) -> tuple[int, int]:
         """Columns of the side's head, and how many of them are tokens."""
@@ -158,69 +106,65 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-class HostTime:
+class HostTime(ExitStack):
     """Measures how long CDM's calls of the functions below take, wherever they are called."""
 
-    PLACES = (
-        (run_clm_distill_CDM, "dtw_groups"),
-        (run_clm_distill_CDM, "concatenate_groups"),
-        (run_clm_distill_CDM, "alignment_counts"),
-        (contextual_mapping, "match_pairs"),
-        (Groups, "tensors"),
-    )
+    PLACES = ((alignment, "dtw_groups"), (Groups, "of"), (Groups, "to"), (mapping, "match_pairs"))
 
     def __enter__(self) -> dict[str, float]:
-        self.spent = {name: 0.0 for _, name in self.PLACES}
-        self.patches = []
+        spent = {name: 0.0 for _, name in self.PLACES}
         for place, name in self.PLACES:
-            patch = mock.patch.object(place, name, self.timed(getattr(place, name), name))
-            patch.start()
-            self.patches.append(patch)
-        return self.spent
-
-    def timed(self, function: Callable, name: str) -> Callable:
-        def call(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.spent[name] += time.perf_counter() - start
-            return result
-
-        return call
-
-    def __exit__(self, *_) -> None:
-        for patch in self.patches:
-            patch.stop()
+            self.enter_context(mock.patch.object(place, name, timed(getattr(place, name), name, spent)))
+        return spent
 
 
-def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods: list[str], alignment: str) -> dict:
-    inputs, same = pair.inputs(n_tokens, pair.teacher), pair.inputs(n_tokens, pair.student)
-    labels, teacher_labels = (SFTTrainer.response_labels(inputs, side) for side in ("", "teacher_"))
+def timed(function: Callable, name: str, spent: dict[str, float]) -> Callable:
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[name] += time.perf_counter() - start
+        return result
+
+    return call
+
+
+def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods: list[str], kind: str) -> dict:
+    examples = {same: pair.example(n_tokens, pair.student if same else pair.teacher) for same in (False, True)}
+
+    def batch_of(alignment: str | None, same_tokenizer: bool = False) -> Batch:
+        teacher = pair.student if same_tokenizer else pair.teacher
+        return ResponseCollator(pair.student, teacher, alignment)([examples[same_tokenizer]])
+
+    batch = batch_of("entropy_dtw" if kind == "dtw" else "byte")
+    labels, teacher_labels = batch.student.labels, batch.teacher.labels
     student = given_logits(labels, pair.width("student"), 0, dtype).requires_grad_()
-    teacher = given_logits(teacher_labels, pair.width("teacher"), 1, dtype)
-    same_teacher = given_logits(labels, pair.width("student"), 2, dtype)
+    teachers = {
+        False: given_logits(teacher_labels, pair.width("teacher"), 1, dtype),
+        True: given_logits(labels, pair.width("student"), 2, dtype),
+    }
+    mappers = Mappers(
+        pair.mapper("em") if "CDM" in methods else None,
+        torch.from_numpy(pair.mapper("mined").to_student.static).long() if "MinED" in methods else None,
+    )
 
-    settings: dict[str, dict] = {method: {} for method in methods}
-    if "CDM" in methods:
-        maps = direction_maps(pair.mapper("em"))
-        settings["CDM"] = cdm_settings(*maps, alignment)
-    if "MinED" in methods:
-        static = pair.mapper("mined").teacher_to_student
-        settings["MinED"] = {"teacher_to_student": torch.from_numpy(static).long()}
-    losses: dict[str, Callable[[], Tensor]] = {}
-    for method in methods:
-        teacher_logits, batch = (same_teacher, same) if method in ("FKD", "RKD") else (teacher, inputs)
-        trainer = trainer_of(method, student, teacher_logits, **settings[method])
-        losses[method] = functools.partial(trainer.compute_loss, None, batch)
+    def loss_of(name: str) -> Callable[[], Tensor]:
+        method = METHODS[name]
+        given = batch if name == "CDM" else batch_of(method.alignment, method.same_tokenizer)
+        return lambda: method.losses(student, teachers[method.same_tokenizer], given, mappers).mean()
+
+    losses = {name: loss_of(name) for name in methods}
     if "CDM" in methods:  # the divergences without cross-entropy
-        align = trainer_of("CDM", student, teacher, **settings["CDM"]).align
 
         def contextual_kd() -> Tensor:
-            groups = concatenate_groups(align(student, teacher, inputs["responses"])[0])
-            kd = contextual_kl(student, teacher, groups, *maps, topk=100).kd
-            return (kd * torch.from_numpy(groups.student_size)).sum()
+            rows, groups = StudentRows(student, labels), batch.groups
+            if groups is None:
+                groups = entropy_dtw(rows.entropy(), entropy(teachers[False]), batch)
+            return (contextual_kl(rows, teachers[False], groups, mappers.em).kd * groups.student.size).sum()
 
-        losses["CDM, KD alone"] = contextual_kd
-        losses["FKD, KD alone"] = lambda: kl_divergence(same_teacher, student, 2.0).sum()
+        def forward_kl() -> Tensor:
+            return StudentRows(student, labels).read(lambda s, t: kl_rows(t, s, 2.0), teachers[True]).sum()
+
+        losses |= {"CDM, KD alone": contextual_kd, "FKD, KD alone": forward_kl}
 
     times: dict[str, list[float]] = {name: [] for name in losses}
     host: list[tuple[float, float]] = []
@@ -249,29 +193,26 @@ def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods
 
 
 def oracle_seconds(pair: Pair, n_tokens: int) -> float:
-    inputs, mapper = pair.inputs(n_tokens, pair.teacher), pair.mapper("em")
+    mapper = pair.mapper("em")
+    batch = ResponseCollator(pair.student, pair.teacher)([pair.example(n_tokens, pair.teacher)])
     names = [distinct_texts(side.forms) for side in (pair.teacher, pair.student)]
-    tables = (
-        (mapper.teacher_to_student, mapper.similar_to_student),
-        (mapper.student_to_teacher, mapper.similar_to_teacher),
-    )
     sides = []
-    for i, (prefix, side) in enumerate((("teacher_", "teacher"), ("", "student"))):
-        labels = SFTTrainer.response_labels(inputs, prefix)
-        static, table = tables[i]
+    for i, (labels, side, way) in enumerate(
+        (
+            (batch.teacher.labels, "teacher", mapper.to_student),
+            (batch.student.labels, "student", mapper.to_teacher),
+        )
+    ):
         own, other = names[i], names[1 - i]
         sides.append(
             cdm_oracle.Side(
                 vocabulary=own,
                 tokens=labels.tolist(),
                 logits=given_logits(labels, pair.width(side), i, torch.float32).double(),
-                match={own[v]: other[u] for v, u in enumerate(static) if u >= 0},
+                match={own[v]: other[u] for v, u in enumerate(way.static) if u >= 0},
                 similar={
-                    own[v]: {
-                        other[table.indices[e]]: float(table.distances[e])
-                        for e in range(table.indptr[v], table.indptr[v + 1])
-                    }
-                    for v in range(len(own))
+                    name: {other[u]: d for u, d in zip(*(part.tolist() for part in way.row(v)))}
+                    for v, name in enumerate(own)
                 },
             )
         )
@@ -308,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), help="TEACHER:STUDENT, of CDM_REAL_DIR/tokenizers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--methods", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--methods", nargs="+", default=ONE_A_SCRIPT, choices=ONE_A_SCRIPT)
     parser.add_argument("--alignment", default="dtw", choices=["dtw", "byte"], help="CDM's")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' logits")
     parser.add_argument("--repeats", type=int, default=7, help="times each is measured (default: 7)")

@@ -26,56 +26,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.chunked_logits import ChunkedLogits
-from modeling.contextual_mapping import DirectionMap
-from modeling.divergences import Logits
-from modeling.examples import Response
-from modeling.output_head import OutputHead
-from tests.benchmarks.bench_losses import cdm_settings, trainer_of
+from get_vocab_mapper.mapper import Direction, Side, VocabMapper
+from modeling.losses.logits import ChunkedLogits, Logits
+from modeling.models.output_head import OutputHead
+from modeling.text import batch as batches
+from modeling.text.alignment import Groups, same_index_rows
+from tests.methods import METHODS, ONE_A_SCRIPT, Mappers
 
 QWEN2, PHI3 = 151_936, 32_064
-METHODS = {"SFT": 0, "FKD": QWEN2, "RKD": QWEN2, "ULD": PHI3, "MinED": PHI3, "CDM": PHI3}  # the teacher's vocabulary
 
 
-def batch(n_rows: int) -> dict:
+def batch(n_rows: int, alignment: batches.Alignment | None) -> batches.Batch:
     """One example of so many tokens on either side, token j standing for token j."""
-    ids = torch.arange(n_rows + 1)[None]
-    rows = np.arange(n_rows)
-    response = Response(1, n_rows, rows + 1, rows + 1, 1 - np.eye(n_rows, dtype=np.uint16), rows, rows)
-    sides = {
-        f"{side}{name}": value
-        for side in ("", "teacher_")
-        for name, value in (("labels", ids), ("positions", ids[0, :-1]))
+    places = np.arange(n_rows)
+    example = {
+        "row": 1,
+        "input_ids": np.arange(n_rows + 1),
+        "response_start": 1,
+        "byte_ends": places + 1,
     }
-    return {**sides, "responses": [response]}
+    side = batches.Side.of([example], "", 0)
+    distances = batches.TokenDistances(1 - np.eye(n_rows, dtype=np.uint16), places, places)
+    more = {
+        "index": {"index_rows": torch.from_numpy(same_index_rows([(n_rows, n_rows)]))},
+        "byte": {"groups": Groups.of([(places + 1, places + 1)], [(places, places)])},
+        "dtw": {"groups": Groups.of([(places + 1, places + 1)], [batches.equal_weight_groups(distances)])},
+        "entropy_dtw": {"token_distances": [distances]},
+    }
+    return batches.Batch(side, side, rows=[1], n_bytes=[n_rows], **more.get(alignment, {}))
 
 
-def settings(method: str, n_student: int, n_teacher: int, device: str) -> dict:
-    """Mappers that send every teacher token to the student's of the same id."""
-    if method == "MinED":
-        return {"teacher_to_student": torch.arange(n_teacher, device=device)}
-    if method != "CDM":
-        return {}
-    to_student = np.arange(n_teacher, dtype=np.int32)
-    to_teacher = np.where(np.arange(n_student) < n_teacher, np.arange(n_student), -1).astype(np.int32)
+def mappers(n_student: int, n_teacher: int, device: str) -> Mappers:
+    """Every teacher token is sent to the student's of the same id."""
     none = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    maps = [DirectionMap(static, np.zeros(len(static) + 1, np.int32), *none) for static in (to_student, to_teacher)]
-    return cdm_settings(*maps)
+    ways, sides = [], []
+    for size, other in ((n_teacher, n_student), (n_student, n_teacher)):
+        static = np.where(np.arange(size) < other, np.arange(size), -1).astype(np.int32)
+        ways.append(Direction(static, np.zeros(size + 1, np.int32), *none))
+        sides.append(Side("same ids", size, ""))
+    return Mappers(VocabMapper("em", 0.3, *sides, *ways), torch.from_numpy(ways[0].static).long().to(device))
 
 
 def step(method: str, student: Logits, teacher: Logits, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """The gradients of the loss with respect to the leaves."""
-    own = settings(method, student.shape[1], teacher.shape[1], student.device)
-    inputs = batch(len(student))
-    inputs = {k: v.to(student.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    loss = trainer_of(method, student, teacher, **own).compute_loss(None, inputs)
-    return torch.autograd.grad(loss, leaves)
+    device = student.device
+    given = batch(len(student), METHODS[method].alignment).to(device)
+    losses = METHODS[method].losses(student, teacher, given, mappers(student.shape[1], teacher.shape[1], device))
+    return torch.autograd.grad(losses.mean(), leaves)
 
 
 def warm_up(method: str, device: str) -> None:
     """What is loaded or compiled at first use."""
     student = torch.randn(4, 300, device=device, requires_grad=True)
-    step(method, student, torch.randn(4, 300 if method in ("FKD", "RKD") else 200, device=device), [student])
+    step(method, student, torch.randn(4, 300 if METHODS[method].same_tokenizer else 200, device=device), [student])
 
 
 def measure(
@@ -141,7 +144,7 @@ def measure_in_new_process(method: str, function: str = "measure", **arguments) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512, help="response tokens (default: 512)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=ONE_A_SCRIPT, choices=ONE_A_SCRIPT)
     parser.add_argument("--logits_chunk", type=int, default=0, help="compare whole logits with so many rows at a time")
     parser.add_argument("--hidden", type=int, default=896, help="with --logits_chunk (default: 896, as Qwen2-0.5B's)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' logits")
@@ -155,7 +158,8 @@ def main() -> None:
     else:
         print("method  student's logits  teacher's logits  beyond  seconds")
     for method in arguments.methods:
-        sizes = {**common, "n_teacher": METHODS[method]}
+        n_teacher = QWEN2 if METHODS[method].same_tokenizer else PHI3
+        sizes = {**common, "n_teacher": n_teacher}
         if arguments.logits_chunk:
             hidden = {"hidden": arguments.hidden, "function": "measure_from_hidden"}
             whole, parts = (
@@ -165,7 +169,7 @@ def main() -> None:
             line += f"{whole['bytes'] / parts['bytes']:3.1f}x  {whole['seconds']:7.1f}  {parts['seconds']:7.1f}"
         else:
             result = measure_in_new_process(method, **sizes)
-            student, teacher = (arguments.rows * v * itemsize / 1e6 for v in (QWEN2, METHODS[method]))
+            student, teacher = (arguments.rows * v * itemsize / 1e6 for v in (QWEN2, n_teacher))
             line = f"{student:13.0f} MB  {teacher:13.0f} MB  {result['beyond']:6.1%}  {result['seconds']:7.2f}"
         print(f"{method:6}  {line}", flush=True)
 

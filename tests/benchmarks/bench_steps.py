@@ -19,9 +19,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from get_vocab_mapper.builders import build_em
+from get_vocab_mapper.mapper_file import save_mapper
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import build_em
-from modeling.examples import alpaca_prompt
+from modeling.text.rows import alpaca_prompt
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = {"phi-3": 32_064, "qwen2": 151_936}
@@ -99,7 +100,8 @@ def main() -> None:
             for role, name in (("student", "qwen2"), ("same", "qwen2"), ("other", "phi-3"))
         }
         mapper = folder / "em.safetensors"
-        build_em(*(token_forms(tokenizers[name]) for name in ("phi-3", "qwen2")), progress=False).save(mapper)
+        forms = [token_forms(tokenizers[name]) for name in ("phi-3", "qwen2")]
+        save_mapper(build_em(*forms, progress=False), mapper)
         common = {
             "model_name_or_path": models["student"],
             "train_file": write_rows(real / "data/dolly/databricks-dolly-15k.jsonl", folder / "rows.json", 200),

@@ -4,6 +4,7 @@ Tokens are strings, sets are Python sets and dictionaries, and nothing is done t
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,6 @@ class Result:
     groups: list[tuple[list[int], list[int]]]  # (teacher positions, student positions)
     mapped_rate: list[float]
     teacher_mass: list[float]
-    one_to_one: list[bool]  # per student token
-    aligned: list[bool]  # per student token
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -57,19 +56,6 @@ def levenshtein(a: str, b: str) -> int:
 
 def without_spaces(token: str) -> str:
     return token.replace(" ", "")
-
-
-def similar_tokens(vocabulary: list[str], others: list[str], threshold: float) -> dict[str, dict[str, float]]:
-    """Of every token that has no exact match: the others that have none either, nearer than the threshold."""
-    table = {}
-    for a in set(vocabulary) - set(others):
-        table[a] = {}
-        for b in set(others) - set(vocabulary):
-            x, y = without_spaces(a), without_spaces(b)
-            distance = levenshtein(x, y) / (len(x) + len(y)) if x or y else 0.0
-            if distance < threshold:
-                table[a][b] = distance
-    return table
 
 
 # Step 1
@@ -149,9 +135,17 @@ def align(teacher: Side, student: Side) -> list[tuple[list[int], list[int]]]:
 # Step 4
 
 
-def top_tokens(row: Tensor, vocabulary: list[str], k: int) -> list[str]:
-    ids = sorted(range(len(vocabulary)), key=lambda v: (-row[v].item(), v))
-    return [vocabulary[v] for v in ids[:k]]
+def top_tokens(row: Tensor, vocabulary: list[str], k: int, taken: list[int] | None = None) -> list[str]:
+    """The k largest, by value, then by id. Of those that are equal at the k-th place, `taken` says which."""
+
+    def in_order(ids) -> list[int]:
+        return sorted(ids, key=lambda v: (-row[v].item(), v))
+
+    ids = in_order(range(len(vocabulary)))[:k]
+    if taken is not None:
+        assert taken == in_order(set(taken)) and row[taken].tolist() == row[ids].tolist()
+        ids = taken
+    return [vocabulary[v] for v in ids]
 
 
 def pairs(own: Side, own_top: list[str], other_top: list[str]) -> list[tuple[str, str]]:
@@ -189,8 +183,14 @@ def cdm(
     topk: int,
     temperature: float,
     groups: list[tuple[list[int], list[int]]] | None = None,
+    taken: Iterator[tuple[list[int], list[int]]] | None = None,
 ) -> Result:
-    """The whole method; `groups` replaces steps 1 to 3 where it is given."""
+    """The whole method.
+
+    Args:
+        groups: replace steps 1 to 3 where they are given.
+        taken: gives for each group the ids of its top k, the teacher's and the student's: see `top_tokens`.
+    """
     groups = align(teacher, student) if groups is None else groups
     student_logits = student.logits.double().clone().requires_grad_()
     teacher_logits = teacher.logits.double()
@@ -203,8 +203,9 @@ def cdm(
     for teacher_positions, student_positions in groups:
         z_teacher = sum(teacher_logits[i] for i in teacher_positions) / len(teacher_positions)
         z_student = sum(student_logits[j] for j in student_positions) / len(student_positions)
-        teacher_top = top_tokens(z_teacher, teacher.vocabulary, k)
-        student_top = top_tokens(z_student, student.vocabulary, k)
+        teacher_taken, student_taken = next(taken) if taken else (None, None)
+        teacher_top = top_tokens(z_teacher, teacher.vocabulary, k, teacher_taken)
+        student_top = top_tokens(z_student, student.vocabulary, k, student_taken)
         to_student = pairs(teacher, teacher_top, student_top)
         to_teacher = [(v, u) for u, v in pairs(student, student_top, teacher_top)]
 
@@ -233,8 +234,6 @@ def cdm(
         groups=groups,
         mapped_rate=mapped_rate,
         teacher_mass=teacher_mass,
-        one_to_one=one_to_one(groups),
-        aligned=aligned(teacher, student, groups),
     )
 
 
@@ -243,42 +242,3 @@ def cdm(
 
 def one_to_one(groups: list[tuple[list[int], list[int]]]) -> list[bool]:
     return [len(i) == 1 and len(j) == 1 for i, j in groups for _ in j]
-
-
-def byte_spans(side: Side) -> list[tuple[int, int]]:
-    """The bytes of the response that each token covers; EOS covers one more byte, past the text."""
-    spans = []
-    position = 0
-    for token in side.tokens[:-1]:
-        length = len(side.vocabulary[token].encode())
-        spans.append((position, position + length))
-        position += length
-    return [*spans, (position, position + 1)]
-
-
-def aligned(teacher: Side, student: Side, groups: list[tuple[list[int], list[int]]]) -> list[bool]:
-    teacher_spans, student_spans = byte_spans(teacher), byte_spans(student)
-    result = []
-    for teacher_positions, student_positions in groups:
-        teacher_bytes = {b for i in teacher_positions for b in range(*teacher_spans[i])}
-        student_bytes = {b for j in student_positions for b in range(*student_spans[j])}
-        result += [teacher_bytes == student_bytes for _ in student_positions]
-    return result
-
-
-def byte_alignment(teacher: Side, student: Side) -> list[tuple[list[int], list[int]]]:
-    """Groups that end wherever both sides end a token at the same byte."""
-    teacher_ends = [end for _, end in byte_spans(teacher)]
-    student_ends = [end for _, end in byte_spans(student)]
-    borders = sorted(set(teacher_ends) & set(student_ends))
-
-    def group_of(end: int) -> int:
-        return next(g for g, border in enumerate(borders) if end <= border)
-
-    return [
-        (
-            [i for i, end in enumerate(teacher_ends) if group_of(end) == g],
-            [j for j, end in enumerate(student_ends) if group_of(end) == g],
-        )
-        for g in range(len(borders))
-    ]

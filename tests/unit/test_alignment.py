@@ -1,7 +1,8 @@
+"""Aligned groups: by hand, by the oracles, in one byte a cell; and what is counted about them."""
+
 import subprocess
 import sys
 import time
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,16 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.alignment import (
+from modeling.losses.alignment import entropy_weights
+from modeling.text.alignment import (
+    Groups,
     aligned_tokens,
     byte_groups,
-    concatenate_groups,
     dtw_groups,
-    entropy,
-    entropy_and_logsumexp,
-    entropy_weights,
-    group_sizes,
     one_to_one_tokens,
+    same_index_rows,
 )
 from tests.reference import cdm_oracle as oracle
 
@@ -45,45 +44,6 @@ def as_group_numbers(groups):
     return teacher, student
 
 
-class TestEntropy:
-    @pytest.mark.parametrize("n_rows", [1, 8, 21, 600])  # one chunk, exactly one, several, larger ones
-    def test_equals_the_explicit_sum(self, n_rows):
-        logits = 4 * torch.randn(n_rows, 30, generator=torch.Generator().manual_seed(0))
-        result = entropy(logits)
-        assert result.dtype == torch.float32 and result.shape == (n_rows,)
-        assert result.tolist() == pytest.approx(oracle.entropies(logits), rel=1e-5, abs=1e-6)
-
-    def test_hand_computed(self):
-        # uniform over 4: ln 4; (3/4, 1/4): 3/4 ln(4/3) + 1/4 ln 4 = 0.562335; one certain token: 0
-        logits = torch.tensor([[7.0, 7, 7, 7], [np.log(3), 0, -200, -200], [300, 0, 0, 0]])
-        assert entropy(logits).tolist() == pytest.approx([np.log(4), 0.562335, 0.0], abs=1e-6)
-
-    def test_logsumexp_of_the_same_pass(self):
-        logits = torch.tensor([[0.0, 0.0, np.log(2)], [-torch.inf, 300.0, -torch.inf]])
-        for dtype in (torch.float32, torch.float64):
-            _, logsumexp = entropy_and_logsumexp(logits.to(dtype))
-            assert logsumexp.dtype == dtype
-            assert logsumexp.tolist() == pytest.approx([np.log(4), 300.0], rel=1e-6)
-
-    def test_a_logit_of_minus_infinity_is_a_probability_of_zero(self):
-        logits = torch.tensor([[0.0, -torch.inf, 0.0], [1.0, -torch.inf, -torch.inf]])
-        assert entropy(logits).tolist() == pytest.approx([np.log(2), 0.0], abs=1e-6)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_logits_are_summed_in_float32(self, dtype):
-        logits = torch.randn(9, 2000, generator=torch.Generator().manual_seed(1)).to(dtype)
-        result = entropy(logits)
-        assert result.dtype == torch.float32
-        torch.testing.assert_close(result, entropy(logits.float()), rtol=1e-6, atol=1e-6)
-
-    def test_padded_head_and_no_gradient(self):
-        padded = torch.randn(10, 40, generator=torch.Generator().manual_seed(2), requires_grad=True)
-        view = padded[:, :33]
-        result = entropy(view)
-        assert not result.requires_grad
-        torch.testing.assert_close(result, entropy(view.detach().contiguous()))
-
-
 class TestEntropyWeights:
     def test_hand_computed(self):
         # h = 0: 3σ(−2) + 3 = 3.36; h = 0.5: 3σ(0) + 3 = 4.5; h = 1: 3σ(2) + 3 = 5.64
@@ -93,6 +53,9 @@ class TestEntropyWeights:
         # σ(4h − 2) reaches 1/3 at h = 0.5 − ln(2)/4 = 0.3267, and 2/3 at h = 0.6733
         h = torch.tensor([0.0, 0.326, 0.327, 0.673, 0.674, 1.0])
         assert entropy_weights(h, [6]).tolist() == [3, 3, 4, 4, 5, 5]
+
+    def test_of_no_response(self):
+        assert entropy_weights(torch.zeros(0), []).tolist() == []
 
     def test_every_example_has_its_own_range(self):
         values = torch.tensor([0.0, 1.0, 10.0, 10.0, 10.0, 5.0, 100.0, 200.0])
@@ -109,49 +72,42 @@ class TestEntropyWeights:
 
 
 class TestDtwGroups:
-    def test_equal_tokens_pair_up(self):
-        assert align([[0, 9, 9], [9, 0, 9], [9, 9, 0]]) == ([0, 1, 2], [0, 1, 2])
-
-    def test_one_response_token_each(self):
-        assert align([[5]]) == ([0], [0])
-
-    def test_one_against_many(self):
-        assert align([[1, 2, 3, 4]]) == ([0], [0, 0, 0, 0])
-        assert align([[1], [2], [3]]) == ([0, 0, 0], [0])
-
-    def test_teacher_token_split_by_the_student(self):
-        # teacher "today", EOS; student "to", "day", EOS.  D: 3 5 5+5 / 3+5 8 5 → the EOS pair is reached from
-        # (1, 2) by a diagonal, at no cost.
-        assert align([[3, 2, 5], [5, 5, 0]]) == ([0, 1], [0, 0, 1])
-
-    def test_a_tie_takes_the_diagonal_first(self):
-        # all paths cost 0
-        assert align([[0, 0], [0, 0]]) == ([0, 1], [0, 1])
-        # from (3, 2): diagonal to (2, 1), then only the first column is left
-        assert align([[0, 0], [0, 0], [0, 0]]) == ([0, 0, 1], [0, 1])
-
-    def test_a_tie_takes_the_teacher_step_before_the_student_step(self):
-        # D = [[0, 0, 5], [0, 9, 0], [5, 0, 0]]: at (3, 3) the diagonal holds 9, (2, 3) and (3, 2) hold 0.
-        # By (2, 3), and on by the diagonal to (1, 2): groups {t1 | s1 s2} and {t2 t3 | s3}.
-        assert align([[0, 0, 5], [0, 9, 0], [5, 0, 0]]) == ([0, 1, 1], [0, 0, 1])
-
-    def test_weights_move_the_path(self):
-        # D with weight 1 everywhere: [[1, 3], [2, 3], [5, 3]]; at (3, 2) the diagonal (2, 1) holds 2 and the
-        # teacher step (2, 2) holds 3: groups {t1 t2 | s1}, {t3 | s2}.
-        distance = [[1, 2], [1, 2], [3, 1]]
-        assert align(distance) == ([0, 0, 1], [0, 1])
-        # t2 five times as dear: D = [[1, 3], [6, 11], [9, 7]]; the diagonal holds 6 against 11.
-        assert align(distance, [1, 5, 1]) == ([0, 0, 1], [0, 1])
-        # s1 five times as dear: D = [[5, 7], [10, 7], [25, 8]]; now (2, 2) holds 7 against 10, and comes from
-        # (1, 1) by the diagonal: groups {t1 | s1}, {t2 t3 | s2}.
-        assert align(distance, None, [5, 1]) == ([0, 1, 1], [0, 1])
+    @pytest.mark.parametrize(
+        ("distance", "weights", "expected"),
+        [
+            ([[0, 9, 9], [9, 0, 9], [9, 9, 0]], (), ([0, 1, 2], [0, 1, 2])),
+            ([[5]], (), ([0], [0])),
+            ([[1, 2, 3, 4]], (), ([0], [0, 0, 0, 0])),
+            ([[1], [2], [3]], (), ([0, 0, 0], [0])),
+            # Teacher "today", EOS; student "to", "day", EOS.  D: 3 5 5+5 / 3+5 8 5 → the EOS pair is reached from
+            # (1, 2) by a diagonal, at no cost.
+            ([[3, 2, 5], [5, 5, 0]], (), ([0, 1], [0, 0, 1])),
+            # A tie takes the diagonal first: all paths cost 0. From (3, 2) to (2, 1); then one column is left.
+            ([[0, 0], [0, 0]], (), ([0, 1], [0, 1])),
+            ([[0, 0], [0, 0], [0, 0]], (), ([0, 0, 1], [0, 1])),
+            # Then the teacher step before the student step. D = [[0, 0, 5], [0, 9, 0], [5, 0, 0]]: at (3, 3) the
+            # diagonal holds 9, (2, 3) and (3, 2) hold 0. By (2, 3), and on by the diagonal to (1, 2): groups
+            # {t1 | s1 s2} and {t2 t3 | s3}.
+            ([[0, 0, 5], [0, 9, 0], [5, 0, 0]], (), ([0, 1, 1], [0, 0, 1])),
+            # Weights move the path. D with weight 1 everywhere: [[1, 3], [2, 3], [5, 3]]; at (3, 2) the diagonal (2, 1)
+            # holds 2 and the teacher step (2, 2) holds 3: groups {t1 t2 | s1}, {t3 | s2}.
+            ([[1, 2], [1, 2], [3, 1]], (), ([0, 0, 1], [0, 1])),
+            # t2 five times as dear: D = [[1, 3], [6, 11], [9, 7]]; the diagonal holds 6 against 11.
+            ([[1, 2], [1, 2], [3, 1]], ([1, 5, 1],), ([0, 0, 1], [0, 1])),
+            # s1 five times as dear: D = [[5, 7], [10, 7], [25, 8]]; now (2, 2) holds 7 against 10, and comes from
+            # (1, 1) by the diagonal: groups {t1 | s1}, {t2 t3 | s2}.
+            ([[1, 2], [1, 2], [3, 1]], (None, [5, 1]), ([0, 1, 1], [0, 1])),
+            # No overflow with the largest costs: 16-bit distances at full weight, 65535 · 25 a step.
+            (np.full((3, 3), 65535, dtype=np.uint16), ([5] * 3, [5] * 3), ([0, 1, 2], [0, 1, 2])),
+        ],
+    )
+    def test_by_hand(self, distance, weights, expected):
+        assert align(distance, *weights) == expected
 
     def test_index_picks_rows_and_columns_of_the_table(self):
         # distinct texts: teacher "aaa", "bc", student "aaa", "b", "c"; both EOS are the last entry, at cost 0
         table = np.array([[0, 3, 3, 5], [3, 1, 1, 5], [5, 5, 5, 0]], dtype=np.uint16)
-        teacher_group, student_group = dtw_groups(
-            table, [0, 1, 0, 2], [0, 1, 2, 0, 3], [3, 4, 5, 3], [5, 4, 3, 3, 3]
-        )
+        teacher_group, student_group = dtw_groups(table, [0, 1, 0, 2], [0, 1, 2, 0, 3], [3, 4, 5, 3], [5, 4, 3, 3, 3])
         assert teacher_group.tolist() == [0, 1, 2, 3]
         assert student_group.tolist() == [0, 1, 1, 2, 3]
 
@@ -169,19 +125,6 @@ class TestDtwGroups:
         cost = distance * teacher_weights[:, None] * student_weights
         expected = oracle.cut_at_diagonals(oracle.dtw_path(cost.tolist()))
         assert align(distance, teacher_weights, student_weights) == as_group_numbers(expected)
-
-    @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60))
-    @settings(max_examples=50, deadline=None)
-    def test_groups_are_runs_that_cover_both_sides(self, seed, n_teacher, n_student):
-        distance = np.random.default_rng(seed).integers(0, 9, (n_teacher, n_student), dtype=np.int32)
-        for group in map(np.array, align(distance)):
-            assert group[0] == 0 and set(np.diff(group)) <= {0, 1}
-        teacher_group, student_group = align(distance)
-        assert teacher_group[-1] == student_group[-1]
-
-    def test_no_overflow_with_the_largest_costs(self):
-        # 16-bit distances at full weight: 65535 · 25 a step
-        assert align(np.full((3, 3), 65535, dtype=np.uint16), [5] * 3, [5] * 3) == ([0, 1, 2], [0, 1, 2])
 
     def test_at_least_20_times_as_fast_as_the_oracle(self):
         distance = np.random.default_rng(0).integers(0, 9, (200, 200))
@@ -201,7 +144,7 @@ class TestDtwGroups:
         program = """
 import resource
 import numpy as np
-from modeling.alignment import dtw_groups
+from modeling.text.alignment import dtw_groups
 
 def run(n):
     random = np.random.default_rng(0)
@@ -243,31 +186,8 @@ class TestByteGroups:
         teacher_group, student_group = byte_groups([2, 2, 4], [2, 4])
         assert teacher_group.tolist() == [0, 0, 1] and student_group.tolist() == [0, 1]
 
-    @given(
-        st.lists(st.booleans(), min_size=1, max_size=30), st.lists(st.booleans(), min_size=30, max_size=30)
-    )
-    @settings(max_examples=60, deadline=None)
-    def test_equals_the_oracle(self, teacher_cuts, student_cuts):
-        text = "é" + "abcdefghij" * 3
-        sides = []
-        for cuts in (teacher_cuts, student_cuts):
-            borders = [0, *(b + 1 for b, cut in enumerate(cuts) if cut), len(text)]
-            pieces = [text[a:b] for a, b in pairwise(borders)]
-            vocabulary = [*pieces, "<eos>"]
-            sides.append(oracle.Side(vocabulary, list(range(len(vocabulary))), None, {}, {}))
-        teacher, student = sides
-        expected = oracle.byte_alignment(teacher, student)
-        teacher_ends, student_ends = ([end for _, end in oracle.byte_spans(side)] for side in sides)
-        groups = byte_groups(teacher_ends, student_ends)
-        assert (groups[0].tolist(), groups[1].tolist()) == as_group_numbers(expected)
-        assert aligned_tokens(teacher_ends, student_ends, *groups).all()
-        assert one_to_one_tokens(*groups).tolist() == oracle.one_to_one(expected)
-
 
 class TestStatistics:
-    def test_group_sizes(self):
-        assert group_sizes(np.array([0, 0, 1, 2, 2, 2])).tolist() == [2, 1, 3]
-
     def test_one_to_one_tokens(self):
         # groups 1–1, 2–1, 1–2, 1–1
         teacher_group, student_group = np.array([0, 1, 1, 2, 3]), np.array([0, 1, 2, 2, 3])
@@ -284,40 +204,51 @@ class TestStatistics:
         assert aligned_tokens([4], [2, 4], np.array([0]), np.array([0, 0])).tolist() == [True, True]
         assert aligned_tokens([5], [2, 4], np.array([0]), np.array([0, 0])).tolist() == [False, False]
 
-    @given(st.integers(0, 10**6))
-    @settings(max_examples=50, deadline=None)
-    def test_aligned_tokens_equals_the_oracle(self, seed):
-        random = np.random.default_rng(seed)
-        text = "abcdefgh" * 3
-        sides = []
-        for _ in range(2):
-            borders = [0, *sorted(random.choice(np.arange(1, 24), random.integers(1, 15), replace=False)), 24]
-            pieces = [text[a:b] for a, b in pairwise(borders)]
-            sides.append(oracle.Side([*pieces, "<eos>"], list(range(len(pieces) + 1)), None, {}, {}))
-        teacher, student = sides
-        distance = random.integers(0, 3, (len(teacher.tokens), len(student.tokens)))
-        groups = oracle.cut_at_diagonals(oracle.dtw_path(distance.tolist()))
-        ends = [[end for _, end in oracle.byte_spans(side)] for side in sides]
-        result = aligned_tokens(*ends, *map(np.array, as_group_numbers(groups)))
-        assert result.tolist() == oracle.aligned(teacher, student, groups)
 
+class TestGroups:
+    def groups(self):
+        """1–1, 2–1 and 1–1 in one response, 1–1 and 1–2 in the next; whose second group ends at other bytes."""
+        ends = [(np.array([1, 2, 4, 5]), np.array([1, 4, 5])), (np.array([2, 4]), np.array([2, 3, 5]))]
+        return Groups.of(ends, [map32([0, 1, 1, 2], [0, 1, 2]), map32([0, 1], [0, 1, 1])])
 
-class TestConcatenateGroups:
     def test_numbers_run_on(self):
-        int32 = {"dtype": np.int32}
-        groups = concatenate_groups(
-            [
-                (np.array([0, 1, 1], **int32), np.array([0, 1], **int32)),
-                (np.array([0], **int32), np.array([0, 0], **int32)),
-            ]
-        )
-        assert len(groups) == 3
-        assert groups.teacher_group.tolist() == [0, 1, 1, 2]
-        assert groups.student_group.tolist() == [0, 1, 2, 2]
-        assert groups.teacher_size.tolist() == [1, 2, 1]
-        assert groups.student_size.tolist() == [1, 1, 2]
-        tensors = groups.tensors("cpu")
-        names = ("teacher_group", "student_group", "teacher_size", "student_size")
-        for name, tensor in zip(names, tensors):
-            assert tensor.dtype == torch.int64
-            assert tensor.tolist() == getattr(groups, name).tolist()
+        groups = self.groups()
+        assert len(groups) == 5
+        assert groups.teacher.group.tolist() == [0, 1, 1, 2, 3, 4]
+        assert groups.student.group.tolist() == [0, 1, 2, 3, 4, 4]
+        assert groups.teacher.size.tolist() == groups.teacher.host_size.tolist() == [1, 2, 1, 1, 1]
+        assert groups.student.size.tolist() == groups.student.host_size.tolist() == [1, 1, 1, 1, 2]
+        assert {t.dtype for side in (groups.teacher, groups.student) for t in (side.group, side.size)} == {torch.int64}
+        assert (groups.one_to_one, groups.aligned) == (3, 4)
+        assert groups.one_to_one_rows().tolist() == [0, -1, 3, 4, -1, -1]
+
+    def test_of_no_response(self):
+        groups = Groups.of([], [])
+        assert len(groups) == groups.one_to_one == groups.aligned == 0
+        assert groups.one_to_one_rows().tolist() == groups.to("cpu").teacher.group.tolist() == []
+
+    def test_moving_them_is_one_transfer(self, monkeypatch):
+        """To a device, and to pinned memory: their tensors stay views of one."""
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # where there is no accelerator
+        groups = self.groups()
+        for moved in (groups, groups.to(torch.device("cpu")), groups.pin_memory(), groups.to("meta")):
+            tensors = [t for side in (moved.teacher, moved.student) for t in (side.group, side.size)]
+            assert [t.shape for t in tensors] == [(6,), (5,), (6,), (5,)]
+            assert all(t._base is moved.packed for t in tensors)
+            assert (moved.one_to_one, moved.aligned, len(moved)) == (3, 4, 5)
+            assert moved.student.host_size.tolist() == [1, 1, 1, 1, 2]
+            if moved.packed.device.type == "cpu":
+                assert [t.tolist() for t in tensors] == [
+                    t.tolist() for side in (groups.teacher, groups.student) for t in (side.group, side.size)
+                ]
+        assert groups.pin_memory().packed is not groups.packed and groups.to("meta").packed.device.type == "meta"
+
+
+def map32(*groups):
+    return tuple(np.array(group, dtype=np.int32) for group in groups)
+
+
+def test_rows_of_the_same_index():
+    assert same_index_rows([(2, 3), (0, 0), (4, 2), (1, 1)]).tolist() == [0, 1, -1, 2, 3, 6]
+    assert same_index_rows([]).tolist() == []
+    assert same_index_rows([(0, 0)]).dtype == np.int64

@@ -1,7 +1,9 @@
 """The arguments: defaults, ranges, spellings, contradictions; a bad one exits with status 2 and says what to change."""
 
+import importlib
 import json
 import re
+import sys
 
 import huggingface_hub
 import pytest
@@ -11,18 +13,10 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from modeling.arguments import (
-    REPLACED,
-    ArgumentParser,
-    DataArguments,
-    DistillationArguments,
-    StudentArguments,
-    TrainingArguments,
-    check_together,
-    notes,
-    parse_arguments,
-)
 from modeling.run_clm_distill_CDM import CDMArguments
+from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments
+from modeling.training.parsing import REPLACED, ArgumentParser, check_together, notes, parse_arguments
+from modeling.training.training_arguments import TrainingArguments
 
 GROUPS = [StudentArguments, DistillationArguments, CDMArguments, DataArguments, TrainingArguments]
 
@@ -32,7 +26,6 @@ def required(tmp_path):
     return {
         "model_name_or_path": "S",
         "teacher_path": "T",
-        "teacher_to_student_id_mapping": "M",
         "output_dir": str(tmp_path / "out"),
         "use_cpu": "true",
         "do_train": "true",
@@ -78,6 +71,7 @@ def test_defaults(parse):
     assert distillation.teacher_cache_dtype == "auto"
     assert (cdm.topk, cdm.simi_threshold, cdm.alignment, cdm.cross_weight) == (100, 0.3, "dtw", 0.5)
     assert cdm.same_tokenizer_teacher_path is None
+    assert (cdm.teacher_to_student_id_mapping, cdm.mapper_dir) == (None, None)
     assert data.block_size == 512
     assert (training.logging_nan_inf_filter, training.logging_steps, training.merge_lora) == (False, 10, False)
 
@@ -205,6 +199,7 @@ def test_which_metric_is_better_where_smaller(parse):
         ({"teacher_zero3": "true"}, "--teacher_zero3 is True: give --deepspeed CONFIG too"),
         ({"teacher_cache_topk": "128"}, "--teacher_cache_topk is 128: give --teacher_cache DIR too"),
         ({"teacher_cache_dtype": "float16"}, "--teacher_cache_dtype is 'float16': give --teacher_cache DIR too"),
+        ({"teacher_to_student_id_mapping": "M", "mapper_dir": "D"}, "--mapper_dir is 'D': leave it out with"),
         ({"teacher_cache": "C", "teacher_cache_topk": "0"}, "--teacher_cache_topk is 0: give 1 or more"),
         (
             {"teacher_cache": "C", "teacher_cache_topk": "99"},
@@ -219,7 +214,8 @@ def test_which_metric_is_better_where_smaller(parse):
 def test_contradictions(error_of, arguments, message, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for absent in ("is_liger_kernel_available", "transformers.trainer_optimizer.is_bitsandbytes_available"):
-        monkeypatch.setattr(absent if "." in absent else f"modeling.arguments.{absent}", lambda: False)
+        module = "" if "." in absent else f"{TrainingArguments.__module__}."
+        monkeypatch.setattr(f"{module}{absent}", lambda: False)
     assert message in error_of(**arguments)
 
 
@@ -419,3 +415,27 @@ def test_values_in_a_json_file_that_look_like_flags(required, tmp_path):
     file = tmp_path / "run.json"
     file.write_text("\ufeff" + json.dumps({**required, "run_name": "--topk", "max_steps": -1}), encoding="utf-8")
     assert parse_arguments(GROUPS, "", [str(file)])[-1].run_name == "--topk"
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "temperature"),
+    [
+        ("sft", "SFT", None),
+        ("llms_fkd", "FKD", "2.0"),
+        ("llms_rkd", "RKD", "2.0"),
+        ("uld", "ULD", "1.0"),
+        ("MinED", "MinED", "2.0"),
+        ("distill_CDM", "CDM", "1.0"),
+    ],
+)
+def test_help_states_the_method_and_its_defaults(monkeypatch, capsys, script, name, temperature):
+    """Of each script, and without a model."""
+    monkeypatch.setattr(sys, "argv", [f"run_clm_{script}.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(f"modeling.run_clm_{script}").main()
+    text = capsys.readouterr().out
+    assert exit.value.code in (0, None)
+    assert name in text.split("options:")[0] and "--model_name_or_path" in text and "--block_size" in text
+    assert ("--simi_threadshold" in text) == (name == "CDM")
+    option = text[text.rindex("--kd_temperature") :] if temperature else ""  # behind the usage lines
+    assert temperature is None or re.search(r"\(default:\s+([\d.]+)\)", option)[1] == temperature

@@ -17,20 +17,19 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
+from get_vocab_mapper.builders import build_em, build_mined, build_prefixem
+from get_vocab_mapper.mapper import Direction, VocabMapper
+from get_vocab_mapper.mapper_file import read_mapper, save_mapper
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import VocabMapper, build_em, build_mined, build_prefixem
-from modeling.alignment import (
-    aligned_tokens,
-    byte_groups,
-    concatenate_groups,
-    dtw_groups,
-    entropy,
-    entropy_weights,
-    one_to_one_tokens,
-)
-from modeling.contextual_mapping import contextual_kl, direction_maps
-from modeling.examples import Encoder, ResponseCollator, encode_pair, prepare_example
+from modeling.losses.alignment import entropy_dtw, entropy_weights
+from modeling.losses.logits import ChunkedLogits, entropy
+from modeling.models.output_head import OutputHead
+from modeling.run_clm_distill_CDM import cdm_losses
+from modeling.text.alignment import aligned_tokens, byte_groups, dtw_groups, one_to_one_tokens
+from modeling.text.batch import Batch, ResponseCollator
+from modeling.text.encoder import Encoder, encode_pair, prepare_example
 from tests.reference import cdm_oracle, vocab_mapper_oracle
+from tests.unit.helpers import taken_of
 from tests.unit.random_tokenizers import texts, tokenizers, words
 
 CASES = int(os.environ.get("CDM_RIG_CASES", "600"))
@@ -60,18 +59,18 @@ def pairs(draw):
 
 
 @st.composite
-def responses(draw, n: int = 1, max_pieces: int = 8):
-    """`(encoders, [(prepared row, Response), …])` of a random pair; each response has a token on both sides."""
+def batches(draw, n: int = 1, max_pieces: int = 8):
+    """`(student, teacher, examples)` of a random pair: prepared rows, each with a response token on both sides."""
     student, teacher, known = draw(pairs())
     encoders = [Encoder(student.tokenizer), Encoder(teacher.tokenizer)]
-    rows = []
+    examples = []
     for number in range(1, n + 1):
         row = {"row": number, "prefix": draw(texts(known, 3)), "text": draw(texts(known, max_pieces, min_pieces=1))}
         prepared = prepare_example(row, encoders, draw(st.sampled_from([1000, 1000, 12])))
-        if len(prepared["ends"]):
-            rows.append(prepared)
-    assume(rows)
-    return encoders, list(zip(rows, ResponseCollator(*encoders, edit_distances=True)(rows)["responses"]))
+        if len(prepared["byte_ends"]):
+            examples.append(prepared)
+    assume(examples)
+    return *encoders, examples
 
 
 def n_bytes(text: str) -> int:
@@ -112,7 +111,7 @@ def test_encoding_any_text(data):
     prefix, text = data.draw(texts(known, 4)), data.draw(texts(known))
     encoder = Encoder(made.tokenizer)
     encoded = encoder.encode(prefix, text)
-    ids, start, ends = encoded.input_ids, encoded.response_start, encoded.ends
+    ids, start, ends = encoded.input_ids, encoded.response_start, encoded.byte_ends
     assert start >= 1 and len(ends) == len(ids) - start
     assert ids[-1] == encoder.eos_id
     assert (ends > 0).all() and (np.diff(ends) >= 0).all()
@@ -184,9 +183,9 @@ def test_an_example_is_cut_to_the_longest_beginning_that_fits(data):
         return
     for side, want, made in zip(encoded, expected, (student, teacher)):
         assert side.input_ids.tolist() == want.input_ids.tolist() and len(side.input_ids) <= block_size
-        assert side.response_start == want.response_start and side.ends.tolist() == want.ends.tolist()
+        assert side.response_start == want.response_start and side.byte_ends.tolist() == want.byte_ends.tolist()
         if expected is not whole and made.keeps(prefix + kept):
-            assert side.ends[-1] == n_bytes(kept)  # the same text on both sides
+            assert side.byte_ends[-1] == n_bytes(kept)  # the same text on both sides
 
 
 # ------------------------------------------------------------------------------------------------------- alignment
@@ -197,19 +196,20 @@ def group_numbers(groups) -> tuple[list[int], list[int]]:
     return tuple([g for g, group in enumerate(groups) for _ in group[side]] for side in (0, 1))
 
 
-def distances(encoders, prepared: dict) -> list[list[int]]:
-    """Of every teacher token from every student token of a response, in plain Python."""
-    student, teacher = encoders
-    sides = []
-    for side in ("teacher_", ""):
-        sides.append(prepared[f"{side}input_ids"][prepared[f"{side}response_start"] :].tolist())
+def distances(student: Encoder, teacher: Encoder, batch: Batch) -> list[list[list[int]]]:
+    """Of each example: every teacher token's from every student token of the response, in plain Python."""
 
     def distance(t: int, s: int) -> int:
         if t == teacher.eos_id and s == student.eos_id:
             return 0
         return cdm_oracle.levenshtein(*map(cdm_oracle.without_spaces, (teacher.forms.texts[t], student.forms.texts[s])))
 
-    return [[distance(t, s) for s in sides[1]] for t in sides[0]]
+    sides = (side.labels.split(side.lengths) for side in (batch.teacher, batch.student))
+    return [[[distance(t, s) for s in student] for t in teacher] for teacher, student in zip(*map(as_lists, sides))]
+
+
+def as_lists(tensors):
+    return [tensor.tolist() for tensor in tensors]
 
 
 def bytes_of(ends: np.ndarray, group: np.ndarray, g: int) -> set[int]:
@@ -218,59 +218,59 @@ def bytes_of(ends: np.ndarray, group: np.ndarray, g: int) -> set[int]:
     return {b for start, end, h in zip(starts, ends.tolist(), group) if h == g for b in range(start, end)}
 
 
-def check_statistics(response, teacher_group, student_group) -> None:
+def check_statistics(teacher_ends, student_ends, teacher_group, student_group) -> None:
     """Groups cover both sides once and in order; what is counted about them, by sets of bytes."""
-    for group, ends in ((teacher_group, response.teacher_ends), (student_group, response.ends)):
+    for group, ends in ((teacher_group, teacher_ends), (student_group, student_ends)):
         assert group.dtype == np.int32 and len(group) == len(ends)
         assert [g for g, _ in groupby(group)] == list(range(max(student_group) + 1))
-    flags = aligned_tokens(response.teacher_ends, response.ends, teacher_group, student_group)
+    flags = aligned_tokens(teacher_ends, student_ends, teacher_group, student_group)
     alone = one_to_one_tokens(teacher_group, student_group)
     for j, g in enumerate(student_group):
-        teacher_bytes = bytes_of(response.teacher_ends, teacher_group, g)
-        student_bytes = bytes_of(response.ends, student_group, g)
+        teacher_bytes = bytes_of(teacher_ends, teacher_group, g)
+        student_bytes = bytes_of(student_ends, student_group, g)
         if teacher_bytes or student_bytes:
             assert flags[j] == (teacher_bytes == student_bytes)
         assert alone[j] == ((teacher_group == g).sum() == (student_group == g).sum() == 1)
 
 
 @cases(0.15)
-@given(case=responses())
+@given(case=batches())
 def test_byte_alignment(case):
-    _, [(_, response)] = case
-    teacher_ends, student_ends = response.teacher_ends.tolist(), response.ends.tolist()
-    borders = sorted(set(teacher_ends) & set(student_ends))
+    student, teacher, examples = case
+    batch = ResponseCollator(student, teacher, "byte")(examples)
+    ends = *batch.teacher.byte_ends, *batch.student.byte_ends
+    borders = sorted(set(ends[0].tolist()) & set(ends[1].tolist()))
     expected = [
-        [next((g for g, border in enumerate(borders) if end <= border), max(len(borders) - 1, 0)) for end in ends]
-        for ends in (teacher_ends, student_ends)
+        [next((g for g, border in enumerate(borders) if end <= border), max(len(borders) - 1, 0)) for end in side]
+        for side in ends
     ]
-    groups = byte_groups(response.teacher_ends, response.ends)
-    assert [group.tolist() for group in groups] == expected
-    check_statistics(response, *groups)
-    if teacher_ends[-1] == student_ends[-1]:
-        assert aligned_tokens(response.teacher_ends, response.ends, *groups).all()
+    groups = byte_groups(*ends)
+    assert as_lists(groups) == as_lists((batch.groups.teacher.group, batch.groups.student.group)) == expected
+    check_statistics(*ends, *groups)
+    if ends[0][-1] == ends[1][-1]:
+        assert aligned_tokens(*ends, *groups).all()
 
 
 @cases(0.15)
-@given(case=responses(), seed=st.integers(0, 10**6))
+@given(case=batches(), seed=st.integers(0, 10**6))
 def test_dynamic_time_warping(case, seed):
-    encoders, [(prepared, response)] = case
-    table = distances(encoders, prepared)
-    assert response.distance[np.ix_(response.teacher_index, response.student_index)].tolist() == table
+    student, teacher, examples = case
+    batch = ResponseCollator(student, teacher, "entropy_dtw")(examples)
+    (table,), (d,) = distances(student, teacher, batch), batch.token_distances
+    assert d.table[np.ix_(d.teacher_index, d.student_index)].tolist() == table
     random = np.random.default_rng(seed)
     teacher_weights, student_weights = random.integers(3, 6, len(table)), random.integers(3, 6, len(table[0]))
-    cost = (np.array(table) * teacher_weights[:, None] * student_weights).tolist()
-    path = cdm_oracle.dtw_path(cost)
-    index = response.teacher_index, response.student_index
-    teacher_group, student_group = dtw_groups(response.distance, *index, teacher_weights, student_weights)
-    assert (teacher_group.tolist(), student_group.tolist()) == group_numbers(cdm_oracle.cut_at_diagonals(path))
-    check_statistics(response, teacher_group, student_group)
+    path = cdm_oracle.dtw_path((np.array(table) * teacher_weights[:, None] * student_weights).tolist())
+    groups = dtw_groups(d.table, d.teacher_index, d.student_index, teacher_weights, student_weights)
+    assert tuple(as_lists(groups)) == group_numbers(cdm_oracle.cut_at_diagonals(path))
+    check_statistics(*batch.teacher.byte_ends, *batch.student.byte_ends, *groups)
 
 
 # -------------------------------------------------------------------------------------------------------- mappers
 
 
-def assert_table(table, rows: list[list[tuple[float, int]]]) -> None:
-    found = [list(zip(*(part.tolist() for part in table.row(i)[::-1]))) for i in range(len(table.indptr) - 1)]
+def assert_table(way: Direction, rows: list[list[tuple[float, int]]]) -> None:
+    found = [list(zip(*(part.tolist() for part in way.row(i)[::-1]))) for i in range(len(way.static))]
     assert found == [[(float(np.float32(d)), i) for d, i in sorted(row)] for row in rows]
 
 
@@ -282,60 +282,55 @@ def test_mappers(pair, threshold, lower, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "mapper.safetensors"
     for kind, build in BUILD.items():
         mapper = build(teacher, student, threshold=threshold, progress=False)
-        forward, backward = vocab_mapper_oracle.static_map(kind, teacher, student, Levenshtein.distance)
-        assert mapper.teacher_to_student.tolist() == forward
-        assert mapper.student_to_teacher.tolist() == backward
-        check_similar(mapper, similar)
+        static = vocab_mapper_oracle.static_map(kind, teacher, student, Levenshtein.distance)
+        check_mapper(mapper, static, similar)
         check_inverse(mapper, teacher, student)
-        mapper.save(file)
-        loaded = VocabMapper.load(file, teacher, student)
+        save_mapper(mapper, file)
+        loaded = read_mapper(file, teacher, student)
         assert (loaded.kind, loaded.threshold) == (kind, threshold)
-        assert loaded.teacher_to_student.tolist() == forward and loaded.student_to_teacher.tolist() == backward
         if lower <= threshold:
-            check_similar(loaded.with_threshold(lower), {pair: d for pair, d in similar.items() if d < lower})
+            loaded, similar_now = loaded.with_threshold(lower), {pair: d for pair, d in similar.items() if d < lower}
+        else:
+            similar_now = similar
+        check_mapper(loaded, static, similar_now)
 
 
-def check_similar(mapper: VocabMapper, pairs: dict[tuple[int, int], float]) -> None:
-    by_teacher = [[] for _ in range(mapper.teacher.size)]
-    by_student = [[] for _ in range(mapper.student.size)]
-    for (v, u), d in pairs.items():
-        by_teacher[v].append((d, u))
-        by_student[u].append((d, v))
-    assert_table(mapper.similar_to_student, by_teacher)
-    assert_table(mapper.similar_to_teacher, by_student)
+def check_mapper(mapper: VocabMapper, static: tuple[list[int], list[int]], similar: dict) -> None:
+    for place, (way, expected) in enumerate(zip((mapper.to_student, mapper.to_teacher), static)):
+        assert way.static.tolist() == expected
+        rows = [[] for _ in expected]
+        for pair, d in similar.items():
+            rows[pair[place]].append((d, pair[1 - place]))
+        assert_table(way, rows)
 
 
 def check_inverse(mapper: VocabMapper, teacher, student) -> None:
     """A student token's teacher token maps back to it, or to another of the same text."""
-    for u, v in enumerate(mapper.student_to_teacher.tolist()):
+    for u, v in enumerate(mapper.to_teacher.static.tolist()):
         if v >= 0:
-            back = mapper.teacher_to_student[v]
+            back = mapper.to_student.static[v]
             assert back == u or student.forms[back] == student.forms[u]
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
 
 
-def oracle_side(mapper: VocabMapper, forms, ids: np.ndarray, logits: torch.Tensor, to_student: bool):
+def oracle_side(way: Direction, own: str, other: str, ids: list[int], logits: torch.Tensor):
     """One side for the oracle, which knows tokens by name: here their side and id, since forms may be equal."""
-    own, other = ("t", "s") if to_student else ("s", "t")
-    static = mapper.teacher_to_student if to_student else mapper.student_to_teacher
-    table = mapper.similar_to_student if to_student else mapper.similar_to_teacher
-    names = [f"{own}{v}" for v in range(len(forms))]
+    names = [f"{own}{v}" for v in range(len(way.static))]
     return cdm_oracle.Side(
         vocabulary=names,
-        tokens=ids.tolist(),
+        tokens=ids,
         logits=logits.double(),
-        match={name: f"{other}{u}" for name, u in zip(names, static.tolist()) if u >= 0},
+        match={name: f"{other}{u}" for name, u in zip(names, way.static.tolist()) if u >= 0},
         similar={
-            name: {f"{other}{u}": d for u, d in zip(*(part.tolist() for part in table.row(v)))}
+            name: {f"{other}{u}": d for u, d in zip(*(part.tolist() for part in way.row(v)))}
             for v, name in enumerate(names)
         },
     )
 
 
-def slow_alignment(encoders, prepared: dict, teacher: torch.Tensor, student: torch.Tensor):
-    table = distances(encoders, prepared)
+def slow_alignment(table: list[list[int]], teacher: torch.Tensor, student: torch.Tensor):
     entropies = cdm_oracle.entropies(teacher), cdm_oracle.entropies(student)
     weights = [cdm_oracle.weights(values) for values in entropies]
     for values, side_weights, logits in zip(entropies, weights, (teacher, student)):
@@ -350,8 +345,8 @@ def slow_alignment(encoders, prepared: dict, teacher: torch.Tensor, student: tor
     return cdm_oracle.cut_at_diagonals(cdm_oracle.dtw_path(cost))
 
 
-def slow_byte_alignment(response):
-    ends = response.teacher_ends.tolist(), response.ends.tolist()
+def slow_byte_alignment(*ends: np.ndarray):
+    ends = as_lists(ends)
     borders = sorted(set(ends[0]) & set(ends[1]))
     borders[-1:] = [max(ends[0][-1], ends[1][-1])]  # the last group holds what follows the last common end
     return [
@@ -360,7 +355,7 @@ def slow_byte_alignment(response):
     ]
 
 
-def random_logits(random, n_rows: int, width: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
+def rounded_logits(random, n_rows: int, width: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
     """Multiples of 1/32 that bfloat16 holds exactly: float32 and float64 see the same ties between means."""
     values = np.clip(np.round(32 * random.normal(0, 2, (n_rows, width + padding))), -255, 255) / 32
     return torch.from_numpy(values).to(dtype)[:, :width]
@@ -368,79 +363,63 @@ def random_logits(random, n_rows: int, width: int, padding: int, dtype: torch.dt
 
 @cases(0.1)
 @given(
-    case=responses(n=2, max_pieces=4),
+    case=batches(n=2, max_pieces=4),
     seed=st.integers(0, 10**6),
     topk=st.sampled_from([1, 5, 5, 20, 20, 1000]),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    alignment=st.sampled_from(["dtw", "dtw", "byte"]),
+    alignment=st.sampled_from(["entropy_dtw", "entropy_dtw", "byte"]),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
     kind=st.sampled_from(sorted(BUILD)),
     threshold=st.sampled_from([0.3, 0.6, 0.6]),
     padding=st.sampled_from([0, 7]),
-    with_labels=st.booleans(),
+    chunk=st.sampled_from([None, None, 3]),
 )
-def test_the_whole_loss(case, seed, topk, temperature, alignment, dtype, kind, threshold, padding, with_labels):
-    encoders, examples = case
-    student_encoder, teacher_encoder = encoders
+def test_the_whole_loss(case, seed, topk, temperature, alignment, dtype, kind, threshold, padding, chunk):
+    """CDM from two texts to the gradient."""
+    student_encoder, teacher_encoder, examples = case
     mapper = BUILD[kind](teacher_encoder.forms, student_encoder.forms, threshold=threshold, progress=False)
-    random = np.random.default_rng(seed)
-    logits = [
-        (
-            random_logits(random, len(response.teacher_ends), len(teacher_encoder.forms), padding, dtype),
-            random_logits(random, len(response.ends), len(student_encoder.forms), padding, dtype),
-        )
-        for _, response in examples
-    ]
-
-    groups, labels = [], []
-    kd_sum, gradients, rates, masses = 0.0, [], [], []
-    for (prepared, response), (teacher, student) in zip(examples, logits):
-        if alignment == "byte":
-            groups.append(byte_groups(response.teacher_ends, response.ends))
-            slow = slow_byte_alignment(response)
-        else:
-            slow = slow_alignment(encoders, prepared, teacher, student)
-            index = response.teacher_index, response.student_index
-            weights = [entropy_weights(entropy(side), [len(side)]).numpy() for side in (teacher, student)]
-            groups.append(dtw_groups(response.distance, *index, *weights))
-        ids = [prepared[f"{side}input_ids"][prepared[f"{side}response_start"] :] for side in ("teacher_", "")]
-        labels.append(torch.from_numpy(ids[1]))
-        expected = cdm_oracle.cdm(
-            oracle_side(mapper, teacher_encoder.forms, ids[0], teacher, True),
-            oracle_side(mapper, student_encoder.forms, ids[1], student, False),
-            topk,
-            temperature,
-            groups=slow,
-        )
-        assert [group.tolist() for group in groups[-1]] == list(group_numbers(slow))
-        kd_sum += expected.kd_sum
-        gradients.append(expected.gradient)
-        rates += expected.mapped_rate
-        masses += expected.teacher_mass
-
-    leaf = torch.cat([student for _, student in logits]).requires_grad_()
-    result = contextual_kl(
-        leaf,
-        torch.cat([teacher for teacher, _ in logits]),
-        concatenate_groups(groups),
-        *direction_maps(mapper),
-        topk,
-        temperature,
-        torch.cat(labels) if with_labels else None,
+    batch, random = ResponseCollator(student_encoder, teacher_encoder, alignment)(examples), np.random.default_rng(seed)
+    teacher, student = (
+        rounded_logits(random, len(side.labels), len(encoder.forms), padding, dtype)
+        for side, encoder in ((batch.teacher, teacher_encoder), (batch.student, student_encoder))
     )
-    sizes = torch.from_numpy(concatenate_groups(groups).student_size)
-    total = (sizes * result.kd).sum()
-    gradient = torch.cat(gradients)
-    assert total.item() == pytest.approx(kd_sum, rel=1e-5, abs=1e-5)
-    if with_labels:
-        ce = -leaf.detach().double().log_softmax(-1)[range(len(leaf)), torch.cat(labels)]
-        torch.testing.assert_close(result.ce.double(), ce, rtol=1e-5, atol=1e-5)
-        gradient = gradient + leaf.detach().double().softmax(-1)
-        gradient[range(len(leaf)), torch.cat(labels)] -= 1
-        total = total + result.ce.sum()
-    assert result.mapped_rate.tolist() == pytest.approx(rates)
-    assert result.teacher_mass.tolist() == pytest.approx(masses, rel=1e-5, abs=1e-6)
-    (fast_gradient,) = torch.autograd.grad(total, leaf)
-    assert fast_gradient.dtype == dtype
+    groups = batch.groups or entropy_dtw(entropy(student), entropy(teacher), batch)
+    taken, by_example = taken_of(teacher, student, groups, topk), []
+    for z in (teacher, student), (batch.teacher.labels, batch.student.labels):
+        by_example += [part.split(side.lengths) for part, side in zip(z, (batch.teacher, batch.student))]
+
+    expected, numbers, n_groups = [], ([], []), 0
+    for e, (t, s, teacher_ids, student_ids) in enumerate(zip(*by_example)):
+        if alignment == "byte":
+            slow = slow_byte_alignment(batch.teacher.byte_ends[e], batch.student.byte_ends[e])
+        else:
+            slow = slow_alignment(distances(student_encoder, teacher_encoder, batch)[e], t, s)
+        for side, found in zip(numbers, group_numbers(slow)):
+            side += [n_groups + g for g in found]
+        n_groups += len(slow)
+        sides = (
+            oracle_side(mapper.to_student, "t", "s", teacher_ids.tolist(), t),
+            oracle_side(mapper.to_teacher, "s", "t", student_ids.tolist(), s),
+        )
+        expected.append(cdm_oracle.cdm(*sides, topk, temperature, groups=slow, taken=taken))
+    assert as_lists((groups.teacher.group, groups.student.group)) == list(numbers)
+
+    leaf, given, n_tokens = student.requires_grad_(), (student, teacher), len(student)
+    if chunk:
+        given = [ChunkedLogits(z, OutputHead(torch.eye(z.shape[1], dtype=dtype)), z.shape[1], chunk) for z in given]
+    losses = cdm_losses(*given, batch, mapper, topk, temperature)
+    rows, labels = range(n_tokens), batch.student.labels
+    ce = -leaf.detach().double().log_softmax(-1)[rows, labels]
+    torch.testing.assert_close(losses.ce.double(), ce, rtol=1e-5, atol=1e-5)
+    assert losses.kd_sum().item() == pytest.approx(sum(e.kd_sum for e in expected), rel=1e-5, abs=1e-5)
+    means = {"one_to_one": (groups.one_to_one, n_tokens), "aligned": (groups.aligned, n_tokens)}
+    for name in ("mapped_rate", "teacher_mass"):
+        means[name] = pytest.approx((sum(sum(getattr(e, name)) for e in expected), n_groups), rel=1e-5, abs=1e-6)
+    assert {name: (float(total), count) for name, (total, count) in losses.means.items()} == means
+
+    wanted = torch.cat([e.gradient for e in expected]) + leaf.detach().double().softmax(-1)
+    wanted[rows, labels] -= 1
+    (gradient,) = torch.autograd.grad(losses.kd_sum() + losses.ce.sum(), leaf)
+    assert gradient.dtype == dtype
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
-    torch.testing.assert_close(fast_gradient.double(), gradient, **tolerance)
+    torch.testing.assert_close(gradient.double(), wanted, **tolerance)

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, MixtralConfig, Qwen3MoeConfig
 
-from modeling.distillation_trainer import router_coefficient
-from tests.unit.test_baselines import small_model
-from tests.unit.test_numbers import TRAINERS, loss_of, make_trainer, prepared, sides  # noqa: F401
+from modeling.training.trainer import router_coefficient
+from tests.methods import METHODS
+from tests.unit.helpers import loss_of, make_trainer, small_model
 
 COEFFICIENT = 10.0
 SIZES = {
@@ -38,10 +38,10 @@ FAMILIES = {
 }
 
 
-def make_moe(sides, family="qwen3_moe", **changes):  # noqa: F811
+def make_moe(pair, family="qwen3_moe", **changes):
     config_class, sizes = FAMILIES[family]
     torch.manual_seed(3)
-    config = config_class(vocab_size=len(sides.student.forms) + 5, **{**sizes, **changes})
+    config = config_class(vocab_size=len(pair.student.forms) + 5, **{**sizes, **changes})
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -60,11 +60,11 @@ def loss_and_gradients(trainer, examples):
 def router_loss(trainer, examples):
     """The model's own figure, from its plain forward, and its gradients."""
     trainer.model.zero_grad()
-    inputs = trainer.data_collator(examples)
-    loss = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).aux_loss
+    side = trainer.data_collator(examples).student
+    loss = trainer.model(input_ids=side.input_ids, attention_mask=side.attention_mask).aux_loss
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss.item(), gradients, inputs["positions"].numel()
+    return loss.item(), gradients, len(side.labels)
 
 
 def assert_router_loss_is_added(trainer, plain, examples):
@@ -82,14 +82,14 @@ def assert_router_loss_is_added(trainer, plain, examples):
 
 
 @pytest.mark.parametrize("chunk", [0, 7])
-@pytest.mark.parametrize("trainer_class", TRAINERS)
-def test_in_training_alone(sides, tmp_path, trainer_class, chunk):  # noqa: F811
+@pytest.mark.parametrize("method", METHODS)
+def test_in_training_alone(pair, tmp_path, method, chunk):
     """Of the student, whatever the teacher's configuration asks for; evaluation's figures do not change."""
     trainer, plain = (
-        with_student(make_trainer(trainer_class, sides, tmp_path, logits_chunk=chunk), make_moe(sides, **changes))
+        with_student(make_trainer(method, pair, tmp_path, logits_chunk=chunk), make_moe(pair, **changes))
         for changes in ({}, {"output_router_logits": False})
     )
-    examples = prepared(trainer, sides.rows[:3])
+    examples = pair.prepared(method, slice(3))
     assert_router_loss_is_added(trainer, plain, examples)
     losses = [loss_of(t, examples, training=False).item() for t in (trainer, plain)]
     evaluated, expected = (t.eval_means.reduce(t.accelerator) for t in (trainer, plain))
@@ -98,24 +98,24 @@ def test_in_training_alone(sides, tmp_path, trainer_class, chunk):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, "LoRA", "gradient checkpointing"])
-def test_in_every_family_and_wrapper(sides, tmp_path, kind):  # noqa: F811
+def test_in_every_family_and_wrapper(pair, tmp_path, kind):
     trainers = []
     for wants in (True, False):
-        model = make_moe(sides, kind if kind in FAMILIES else "qwen3_moe", output_router_logits=wants)
+        model = make_moe(pair, kind if kind in FAMILIES else "qwen3_moe", output_router_logits=wants)
         if kind == "LoRA":
             torch.manual_seed(4)
             lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
             model = get_peft_model(model, lora)
         if kind == "gradient checkpointing":
             model.gradient_checkpointing_enable()
-        trainers.append(with_student(make_trainer(TRAINERS[0], sides, tmp_path), model))
-    assert_router_loss_is_added(*trainers, prepared(trainers[0], sides.rows[:3]))
+        trainers.append(with_student(make_trainer("SFT", pair, tmp_path), model))
+    assert_router_loss_is_added(*trainers, pair.prepared("SFT", slice(3)))
 
 
-def test_the_weights_of_a_step_sum_to_one_however_it_is_split(sides, tmp_path):  # noqa: F811
+def test_the_weights_of_a_step_sum_to_one_however_it_is_split(pair, tmp_path):
     """Two equal examples are routed alike: together, or each in a micro-batch of its own."""
-    trainer = with_student(make_trainer(TRAINERS[0], sides, tmp_path), make_moe(sides))
-    (example,) = prepared(trainer, sides.rows[:1])
+    trainer = with_student(make_trainer("SFT", pair, tmp_path), make_moe(pair))
+    (example,) = pair.prepared("SFT", slice(1))
     together, gradients = loss_and_gradients(trainer, [example, example])
     apart, halves = loss_and_gradients(trainer, [example])
     assert 2 * apart == pytest.approx(together, rel=1e-5)
@@ -123,6 +123,6 @@ def test_the_weights_of_a_step_sum_to_one_however_it_is_split(sides, tmp_path): 
         torch.testing.assert_close(2 * halves[name], gradient, rtol=1e-3, atol=2e-3)
 
 
-def test_a_router_loss_without_coefficient_is_told(sides):  # noqa: F811
+def test_a_router_loss_without_coefficient_is_told(pair):
     with pytest.raises(ValueError, match=r"LlamaForCausalLM .*router_aux_loss_coef"):
-        router_coefficient(small_model(sides.student.tokenizer, 5, seed=1))
+        router_coefficient(small_model(pair.student.tokenizer, 5, seed=1))

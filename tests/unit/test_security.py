@@ -15,13 +15,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from get_vocab_mapper.mapper_file import load_mapper
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import load_mapper
-from modeling.arguments import StudentArguments
 from modeling.errors import InputError
-from modeling.examples import read_rows
-from modeling.pretrained import load_config, load_model
-from modeling.teacher_cache import Settings, SignalCache, checksum
+from modeling.models.language_model import LanguageModel
+from modeling.models.teacher_cache import Settings, SignalCache, checksum
+from modeling.text.rows import read_rows
 from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +82,9 @@ def test_the_search_finds(line):
 
 
 def test_processes_are_started_with_a_list_of_words():
-    """The one place is the quickstart's `pip download`, of a fixed name."""
+    """The two places are the quickstart's `pip download`, of a fixed name, and the steps of a plan."""
     callers = {path.name for path in SOURCES if "subprocess" in path.read_text(encoding="utf-8")}
-    assert callers <= {"quickstart_models.py"}
+    assert callers <= {"quickstart_models.py", "steps.py"}
 
 
 # --------------------------------------------------------------------------------------------------- planted pickles
@@ -162,15 +161,14 @@ def test_a_pickle_in_the_place_of_a_model(planted, tmp_path, kind, name):
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     (tmp_path / name).write_bytes(contents[kind])
-    args = StudentArguments(model_name_or_path=str(tmp_path))
+    byte_level_bpe().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=str(tmp_path)):
-        load_config(str(tmp_path), "model_name_or_path", args)
-        load_model(str(tmp_path), "model_name_or_path", "float32", args, 8)
+        LanguageModel(str(tmp_path), "model_name_or_path").load("float32")
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pickle_in_the_place_of_a_model_to_generate_with(planted, tmp_path, kind, monkeypatch):
+def test_a_pickle_in_the_place_of_a_model_to_generate_with(planted, tmp_path, kind):
     mark, contents = planted
     tokenizer = byte_level_bpe()
     model, adapter = tmp_path / "model", tmp_path / "adapter"
@@ -184,13 +182,9 @@ def test_a_pickle_in_the_place_of_a_model_to_generate_with(planted, tmp_path, ki
     (adapter / "adapter_model.bin").write_bytes(contents[kind])
     (model / "model.safetensors").rename(model / "weights")
     (model / "pytorch_model.bin").write_bytes(contents[kind])
-    monkeypatch.syspath_prepend(str(ROOT / "script_eval"))
-    import generate
-
     for folder, message in ((model, "pytorch_model.bin"), (adapter, "adapter_model.bin")):
-        args = generate.parse(["--model", str(folder), "--data", "x", "--output", "y"])
-        with pytest.raises((OSError, ValueError), match=message):
-            generate.load_model(args, torch.device("cpu"))
+        with pytest.raises(InputError, match=message):
+            LanguageModel(str(folder), "model").load("auto")  # as generate.py and the harness do
     assert not mark.exists()
 
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling import teacher_cache
 from modeling.errors import InputError
-from modeling.examples import ResponseCollator, example_key
-from modeling.output_head import OutputHead
-from modeling.teacher_cache import PartWriter, Settings, SignalCache, TopKHead, kept, weights_digest
-from modeling.teachers import LiveTeacher, StoredTeacher, examples_of, fill
+from modeling.models import teacher_cache
+from modeling.models.output_head import OutputHead
+from modeling.models.teacher_cache import PartWriter, Settings, SignalCache, TopKHead, kept, weights_digest
+from modeling.models.teachers import LiveTeacher, StoredTeacher, examples_of, fill
+from modeling.text.batch import Side, example_key
+from tests.unit.helpers import without_response
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(
@@ -32,15 +32,6 @@ SETTINGS = Settings(
 
 
 # ------------------------------------------------------------------------------------------------------------ the keys
-
-
-def test_an_example_is_known_by_its_tokens():
-    key = example_key(np.array([5, 6, 7, 8]), 2)
-    assert len(key) == 16
-    assert example_key([5, 6, 7, 8], np.int64(2)) == key  # whatever holds the numbers
-    assert example_key(np.array([5, 6, 7, 8], dtype=np.int32), 2) == key
-    others = [([5, 6, 7, 9], 2), ([6, 5, 7, 8], 2), ([5, 6, 7, 8], 3), ([5, 6, 7], 2), ([5, 6, 7, 8, 0], 2)]
-    assert len({key, *(example_key(np.array(ids), start) for ids, start in others)}) == 6
 
 
 def test_every_setting_makes_another_folder(tmp_path):
@@ -153,15 +144,15 @@ def parts(cache) -> dict[int, object]:
 
 
 def test_what_was_written_is_read(cache):
-    rows, head = cache.rows([(key_of(n), n) for n in (4, 1, 5, 4)], CPU)
+    rows, head = cache.rows([key_of(n) for n in (4, 1, 5, 4)], CPU)
     assert torch.equal(rows, torch.cat([hidden_of(n) for n in (4, 1, 5, 4)]))
     rows = rows / 100
     z = (rows.double() @ head.weight.double().T + head.bias.double()) * 0.5 / 3
     torch.testing.assert_close(head(rows), (7 * (z / 7).tanh()).float(), rtol=1e-5, atol=1e-5)
     rows, _ = cache.rows([], CPU)
     assert rows.shape == (0, 4)
-    with pytest.raises(ValueError, match=r"teacher-.* holds no signals of row 17"):
-        cache.rows([(key_of(9), 17)], CPU)
+    with pytest.raises(ValueError, match=r"teacher-.* holds no signals of an example"):
+        cache.rows([key_of(9)], CPU)
 
 
 def test_signals_are_read_in_the_dtype_of_the_head(tmp_path):
@@ -170,7 +161,7 @@ def test_signals_are_read_in_the_dtype_of_the_head(tmp_path):
     cache.write_head(head)
     cache.write_part({key_of(3): kept(hidden_of(3) + 1 / 3, head, cache.settings)})
     cache.open()
-    rows, _ = cache.rows([(key_of(3), 3)], CPU)
+    rows, _ = cache.rows([key_of(3)], CPU)
     assert rows.dtype == torch.float32 and torch.equal(rows, (hidden_of(3) + 1 / 3).bfloat16().float())
 
 
@@ -185,24 +176,19 @@ def truncate(file):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, lambda file: file.write_bytes(b"")])
-def test_a_damaged_part_is_found_and_removed(cache, damage, caplog):
-    file = parts(cache)[3]
-    damage(file)
+def test_a_damaged_file_is_found_and_removed(cache, damage, caplog):
+    (head,), part = cache.folder.glob("head-*"), parts(cache)[3]
+    for file in (head, part):
+        damage(file)
     with caplog.at_level(logging.WARNING):
         cache.verify()
-    assert caplog.messages == [f"{file} is damaged, and removed. The examples in it are computed again."]
-    cache.open()
-    assert set(cache.index) == {key_of(n) for n in (1, 2, 5)}
-    assert torch.equal(cache.rows([(key_of(5), 5)], CPU)[0], hidden_of(5))
-
-
-def test_a_damaged_head_is_found_and_removed(cache, caplog):
-    flip_a_bit(next(cache.folder.glob("head-*")))
+    told = f"{head} is damaged, and removed. It is computed again."
+    assert caplog.messages == [told, f"{part} is damaged, and removed. The examples in it are computed again."]
     fresh = SignalCache(cache.folder.parent, "teacher", SETTINGS)
-    fresh.verify()
     fresh.open()
-    assert not fresh.has_head and len(fresh.index) == 5
-    assert "It is computed again" in caplog.text
+    assert not fresh.has_head and set(fresh.index) == {key_of(n) for n in (1, 2, 5)}
+    cache.open()
+    assert torch.equal(cache.rows([key_of(5)], CPU)[0], hidden_of(5))
 
 
 def test_ranks_share_the_checking(cache):
@@ -216,31 +202,29 @@ def test_ranks_share_the_checking(cache):
     assert left[0] > left[1] and left[2] < 4
 
 
-def test_an_interrupted_write_leaves_nothing_behind(cache, monkeypatch):
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_a_write_that_is_cut_short_leaves_nothing_behind(cache, monkeypatch):
     before = set(cache.folder.iterdir())
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, told in ((KeyboardInterrupt("Ctrl-C"), "Ctrl-C"), (full, r"written: the disk is full\. .* Make room")):
+        monkeypatch.setattr(os, "fsync", raising(error))
+        with pytest.raises((InputError, KeyboardInterrupt), match=told):
+            cache.write_part({key_of(6): {"hidden": hidden_of(6)}})
+        assert set(cache.folder.iterdir()) == before
 
-    def stopped(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cache.write_part({key_of(6): {"hidden": hidden_of(6)}})
-    assert [file.suffix for file in set(cache.folder.iterdir()) - before] == [".partial"]
+def test_what_a_killed_process_leaves_is_removed(cache):
+    before = set(cache.folder.iterdir())
+    (cache.folder / ".part-1.safetensors.17.partial").write_bytes(b"half")
     cache.verify()
     cache.open()
     assert set(cache.folder.iterdir()) == before and len(cache.index) == 5
-
-
-def test_a_full_disk_is_told(cache, monkeypatch):
-    before = set(cache.folder.iterdir())
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"could not be written: the disk is full\. .* Make room"):
-        cache.write_part({key_of(6): {"hidden": hidden_of(6)}})
-    assert set(cache.folder.iterdir()) == before
 
 
 def test_a_part_of_another_teacher_is_refused(cache, tmp_path):
@@ -324,7 +308,7 @@ def test_a_cache_of_the_largest_needs_no_head(tmp_path):
     )
     cache.open()
     assert cache.has_head and not list(cache.folder.glob("head-*"))
-    rows, head = cache.rows([(key_of(2), 2), (key_of(1), 1)], CPU)
+    rows, head = cache.rows([key_of(2), key_of(1)], CPU)
     got, expected = head(rows), logits[[2, 3, 4, 5, 6, 0, 1]].log_softmax(-1)
     assert got.shape == (7, 11) and got.dtype == torch.float32
     torch.testing.assert_close(got.topk(3).values, expected.topk(3).values, rtol=1e-3, atol=1e-3)
@@ -345,9 +329,9 @@ def test_values_that_a_dtype_cannot_hold_are_refused():
 class CountingTeacher(LiveTeacher):
     """Notes how many examples each forward had."""
 
-    def signal(self, inputs):
-        self.__dict__.setdefault("batches", []).append(len(inputs["teacher_input_ids"]))
-        return super().signal(inputs)
+    def signal(self, side):
+        self.__dict__.setdefault("batches", []).append(len(side.input_ids))
+        return super().signal(side)
 
 
 @pytest.fixture(scope="module")
@@ -370,14 +354,13 @@ def dataset_of(lengths) -> Dataset:
     rows = []
     for number, length in enumerate(lengths, 1):
         ids = generator.integers(3, 50, length)
-        columns = {"input_ids": ids, "response_start": 2, "ends": np.arange(1, length - 1, dtype=np.int32)}
+        columns = {"input_ids": ids, "response_start": 2, "byte_ends": np.arange(1, length - 1, dtype=np.int32)}
         rows.append({"row": number, **columns, **{f"teacher_{name}": value for name, value in columns.items()}})
     return Dataset.from_list(rows).with_format("numpy")
 
 
-def collator():
-    side = SimpleNamespace(pad_id=0, eos_id=50)
-    return ResponseCollator(side, side)
+def side_of(examples, prefix="teacher_") -> Side:
+    return Side.of(examples, prefix, pad_id=0)
 
 
 def fill_all(model, dataset, folder, ranks=1, batch_size=3, **settings):
@@ -387,7 +370,7 @@ def fill_all(model, dataset, folder, ranks=1, batch_size=3, **settings):
     missing = {key: e for key, e in examples_of([dataset, None]).items() if key not in cache.index}
     teachers = [CountingTeacher(model, 50) for _ in range(ranks)]
     for rank, teacher in enumerate(teachers):
-        fill(cache, teacher, missing, 0, batch_size, CPU, rank, ranks, progress=False)
+        fill(cache, teacher, missing, 0, batch_size, CPU, rank=rank, ranks=ranks, progress=False)
     cache.open()
     return cache, teachers
 
@@ -401,12 +384,12 @@ def test_ranks_fill_a_cache_running_equally_often(model, tmp_path, ranks, exampl
     assert len(list(cache.folder.glob("head-*"))) == 1
     stored, live = StoredTeacher(cache), LiveTeacher(model, 50)
     for batch in ([0, 1], [1], [1, 0, 1]):
-        inputs = collator()([dataset[i] for i in batch])
-        expected = live.logits(inputs)
-        assert expected.shape == (len(inputs["teacher_positions"]), 50)
-        torch.testing.assert_close(stored.logits(inputs), expected, rtol=1e-5, atol=1e-5)
+        side = side_of([dataset[i] for i in batch])
+        expected = live.logits(side)
+        assert expected.shape == (len(side.labels), 50)
+        torch.testing.assert_close(stored.logits(side), expected, rtol=1e-5, atol=1e-5)
         for teacher in (stored, live):
-            rows, head = teacher.signal(inputs)
+            rows, head = teacher.signal(side)
             torch.testing.assert_close(head(rows[1:3]), expected[1:3], rtol=1e-5, atol=1e-5)
 
 
@@ -451,25 +434,24 @@ def test_a_lost_head_alone_is_written_again(model, tmp_path):
 def test_an_example_that_takes_part_without_a_response(model, tmp_path):
     dataset = dataset_of([9, 4])
     cache, _ = fill_all(model, dataset, tmp_path)
-    filler = {name: [] if name.endswith("ends") else value for name, value in dataset[1].items()}
+    filler = without_response(dataset[1])
     stored, live = StoredTeacher(cache), LiveTeacher(model, 50)
     for examples in ([filler, dataset[0]], [filler]):
-        inputs = collator()(examples)
-        torch.testing.assert_close(stored.logits(inputs), live.logits(inputs), rtol=1e-5, atol=1e-5)
+        side = side_of(examples)
+        torch.testing.assert_close(stored.logits(side), live.logits(side), rtol=1e-5, atol=1e-5)
 
 
 def test_a_teacher_that_is_fed_the_students_tokens(model, tmp_path):
     """Whatever the other side's tokens are."""
     rows = [dict(dataset_of([9, 4])[i]) for i in range(2)]
     for row in rows:
-        row["teacher_input_ids"], row["teacher_ends"] = row["teacher_input_ids"][:3], row["teacher_ends"][:1]
-    dataset = Dataset.from_list(rows).with_format("numpy")
+        row["teacher_input_ids"], row["teacher_byte_ends"] = row["teacher_input_ids"][:3], row["teacher_byte_ends"][:1]
+    dataset, live = Dataset.from_list(rows).with_format("numpy"), LiveTeacher(model, 50)
     cache = SignalCache(tmp_path, "t", replace(SETTINGS, n_tokens=50))
-    live = LiveTeacher(model, 50, side="")
-    fill(cache, live, examples_of([dataset], side=""), 0, 4, CPU, progress=False)
+    fill(cache, live, examples_of([dataset], prefix=""), 0, 4, CPU, prefix="", progress=False)
     cache.open()
-    inputs = collator()([dataset[1], dataset[0]])
-    torch.testing.assert_close(StoredTeacher(cache, side="").logits(inputs), live.logits(inputs), rtol=1e-5, atol=1e-5)
+    side = side_of([dataset[1], dataset[0]], prefix="")
+    torch.testing.assert_close(StoredTeacher(cache).logits(side), live.logits(side), rtol=1e-5, atol=1e-5)
 
 
 def test_half_of_the_size_costs_little(model, tmp_path):
@@ -478,10 +460,10 @@ def test_half_of_the_size_costs_little(model, tmp_path):
     exact, _ = fill_all(model, dataset, tmp_path)
     half, _ = fill_all(model, dataset, tmp_path, stored_dtype="bfloat16")
     assert exact.folder != half.folder
-    inputs = collator()([dataset[i] for i in range(3)])
-    logits = [StoredTeacher(cache).logits(inputs) for cache in (exact, half)]
+    side = side_of([dataset[i] for i in range(3)])
+    logits = [StoredTeacher(cache).logits(side) for cache in (exact, half)]
     difference = (logits[0] - logits[1]).abs().max()
     assert 0 < difference < 0.01 * (logits[0].max() - logits[0].min())
-    rows = sum(len(d) for d in dataset["ends"])
+    rows = sum(len(d) for d in dataset["byte_ends"])
     sizes = [sum(f.stat().st_size for f in cache.folder.glob("part-*")) for cache in (exact, half)]
     assert sizes[0] - sizes[1] == pytest.approx(rows * 16 * 2, abs=64) and math.isfinite(difference)
