@@ -1,8 +1,10 @@
 # shellcheck shell=bash # it is sourced, and has no #! line
-# Sourced by the training scripts: finds the devices, and starts a Python script on them.
+# Sourced by the training scripts: finds the devices, and starts a Python script on them, with the flags that all
+# trainings have in common. Called, it runs one of its functions:
 #
 #     source script_train/launch.sh
 #     launch modeling/run_clm_sft.py --model_name_or_path …     # relative to the project, or an absolute path
+#     bash script_train/launch.sh evaluate run_clm_sft.py outputs/student
 #
 # Read from the environment, each with what it is by default:
 #   DEVICE       npu, cuda or cpu                       what torch sees
@@ -13,6 +15,11 @@
 #   PRECISION    bf16, fp16 or fp32                     bf16 on an accelerator, fp32 on cpu
 #   PYTHON       the interpreter                        .venv/bin/python, else python3
 #   DRY_RUN      1 prints commands, and runs none       0
+# and by train:
+#   WORKERS        processes that tokenise the data     4
+#   REPORT_TO      tensorboard, wandb or none           tensorboard
+#   LOGGING_STEPS  steps, or below 1 the share of all   10
+#   CHECKPOINTS    epoch, steps or no                   epoch
 
 CDM_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -162,3 +169,65 @@ launch() {
     fi
     supervise "${command[@]}" "$script" "${flags[@]}" "$@"
 }
+
+# train ARGUMENTS…: trains STUDENT by SCRIPT, with the settings of the script that calls it. The arguments are the method's
+# own; one that stands here too overrides it.
+train() {
+    local -a given=(--model_name_or_path "$STUDENT" --output_dir "$OUTPUT" --do_train true --train_file "$DATA")
+    [[ $PAIR == none ]] || given+=(--teacher_path "$TEACHER" --kd_alpha "$KD_ALPHA" --kd_temperature "$KD_TEMPERATURE")
+    [[ -z $VALIDATION ]] || given+=(--do_eval true --validation_file "$VALIDATION" --eval_strategy epoch)
+    launch "modeling/${SCRIPT:?}" "${given[@]}" \
+        --block_size "$BLOCK_SIZE" \
+        --preprocessing_num_workers "${WORKERS:-4}" \
+        --num_train_epochs "$EPOCHS" \
+        --learning_rate "$LEARNING_RATE" \
+        --lr_scheduler_type "$SCHEDULER" \
+        --warmup_steps "$WARMUP" \
+        --per_device_train_batch_size "$BATCH_SIZE" \
+        --per_device_eval_batch_size "$BATCH_SIZE" \
+        --gradient_accumulation_steps "$ACCUMULATION" \
+        --logging_steps "${LOGGING_STEPS:-10}" \
+        --save_strategy "${CHECKPOINTS:-epoch}" \
+        --seed "$SEED" \
+        --report_to "${REPORT_TO:-tensorboard}" \
+        "$@"
+}
+
+# evaluate SCRIPT MODEL ARGUMENTS…: measures a model on the rows of VALIDATION, into OUTPUT.
+evaluate() {
+    # DeepSpeed evaluates without training under ZeRO-3 alone.
+    ZERO=3 launch "modeling/$1" --model_name_or_path "$2" --output_dir "$OUTPUT" --do_eval true \
+        --validation_file "$VALIDATION" --block_size "$BLOCK_SIZE" --preprocessing_num_workers "${WORKERS:-4}" \
+        --per_device_eval_batch_size "$BATCH_SIZE" --report_to none "${@:3}"
+}
+
+# evaluate_student MODEL ARGUMENTS…: beside TEACHER, by CDM's divergence, however the student was trained.
+evaluate_student() {
+    evaluate run_clm_distill_CDM.py "$1" --teacher_path "$TEACHER" --teacher_to_student_id_mapping "$MAPPER" \
+        --kd_temperature "$KD_TEMPERATURE" --topk "$TOPK" --simi_threshold "$SIMI_THRESHOLD" \
+        --alignment "$ALIGNMENT" "${@:2}"
+}
+
+# Builds MAPPER, the vocabulary mapper of the kind MAPPER_KIND, for the tokenizers of TEACHER and STUDENT.
+build_mapper() {
+    run "$PYTHON" "$CDM_ROOT/get_vocab_mapper/get_${MAPPER_KIND}_mapper.py" --teacher "$TEACHER" --student "$STUDENT" \
+        ${SIMI_THRESHOLD:+--simi_threshold "$SIMI_THRESHOLD"} --output "$MAPPER"
+}
+
+# choose_small_precision FILE: for small models on a CPU, unless PRECISION is given: of bf16 and fp32 what is faster there.
+# Measured once, since reruns must agree.
+choose_small_precision() {
+    local wanted=${PRECISION:-}
+    choose_devices
+    [[ $DEVICE == cpu && -z $wanted ]] || return 0
+    if [[ ! -s $1 && ${DRY_RUN:-0} != 1 ]]; then
+        mkdir -p "${1%/*}"
+        "$PYTHON" "$CDM_ROOT/script_train/quickstart_models.py" precision >"$1"
+    fi
+    [[ ! -s $1 ]] || PRECISION=$(<"$1")
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    set -euo pipefail
+    "$@"
+fi

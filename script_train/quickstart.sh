@@ -4,15 +4,18 @@
 #
 #     bash script_train/quickstart.sh
 #
-# A step that is done is not done again, unless one of its settings, or of a step before it, has changed. FRESH=1 starts
-# over. Every setting can be given in front of the command. PYTHON, VENV and BASE_PYTHON: see setup_env.sh; DEVICE and
-# PRECISION: see launch.sh.
+# A step that is done is not done again; what was made with other settings is named. FRESH=1 starts over. Every setting
+# can be given in front of the command. PYTHON, VENV and BASE_PYTHON: see setup_env.sh; DEVICE and PRECISION (on a CPU by
+# default what is faster there, bf16 or fp32): see launch.sh.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-started=$SECONDS
+source "$here/setup_env.sh"
+[[ ${DRY_RUN:-0} == 1 ]] || setup_env requirements.txt
+source "$here/launch.sh"
 
-OUTPUT=${OUTPUT:-$here/../outputs/quickstart}
-FRESH=${FRESH:-0}                        # 1 forgets all earlier steps
+set -a                                   # exported: the scripts that it runs read the same names
+OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/quickstart}
+FRESH=${FRESH:-0}                        # 1 deletes first what earlier calls have made
 NPROC=${NPROC:-1}                        # processes; these models are too small to gain from more
 SEED=${SEED:-42}
 BLOCK_SIZE=${BLOCK_SIZE:-320}            # tokens an example may have, on either side
@@ -34,100 +37,63 @@ TOPK=${TOPK:-100}
 SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}
 ALIGNMENT=${ALIGNMENT:-dtw}
 
-precision_wanted=${PRECISION:-}          # on a CPU by default what is faster there, bf16 or fp32
-
-# ------------------------------------------------------------------------------------------------------ installation
-
-source "$here/setup_env.sh"
-setup_env requirements.txt
-source "$here/launch.sh"
-choose_devices
-
-mkdir -p "$OUTPUT"
-OUTPUT=$(cd "$OUTPUT" && pwd)
-data=$OUTPUT/data
-teacher_base=$OUTPUT/teacher_base
-teacher=$OUTPUT/teacher
-student=$OUTPUT/student
-mapper=$OUTPUT/em_mapper.safetensors
-export TOKENIZERS_PARALLELISM=false
-
-# --------------------------------------------------------------------------------------------------------- the steps
-
-source "$here/steps.sh"
-steps=10
-
-[[ $FRESH != 1 ]] || rm -rf "$OUTPUT/.done" "$OUTPUT/precision.txt"
-mkdir -p "$OUTPUT/.done"
-
-models() { "$PYTHON" "$here/quickstart_models.py" "$@"; }
-
-# train_and_evaluate SCRIPT MODEL OUTPUT EPOCHS LEARNING_RATE ARGUMENTS…
-train_and_evaluate() {
-    local script=$1 model=$2 output=$3 epochs=$4 learning_rate=$5
-    shift 5
-    rm -rf "$output"
-    launch "modeling/$script" --model_name_or_path "$model" --output_dir "$output" \
-        --do_train true --train_file "$data/train.json" --num_train_epochs "$epochs" \
-        --do_eval true --validation_file "$data/held_out.json" --eval_strategy epoch \
-        --learning_rate "$learning_rate" --lr_scheduler_type cosine --warmup_steps 0.1 \
-        --block_size "$BLOCK_SIZE" --per_device_train_batch_size "$BATCH_SIZE" --per_device_eval_batch_size 5 \
-        --logging_steps 10 --save_strategy no --report_to none --seed "$SEED" "$@"
-}
-
-evaluate() {
-    local script=$1 model=$2 output=$3
-    shift 3
-    rm -rf "$output"
-    # DeepSpeed evaluates without training under ZeRO-3 alone.
-    ZERO=3 launch "modeling/$script" --model_name_or_path "$model" --output_dir "$output" \
-        --do_eval true --validation_file "$data/held_out.json" \
-        --block_size "$BLOCK_SIZE" --per_device_eval_batch_size 5 --report_to none "$@"
-}
+WARMUP=0.1 ACCUMULATION=1 WORKERS=1 CHECKPOINTS=no REPORT_TO=none
+[[ $OUTPUT == /* ]] || OUTPUT=$PWD/$OUTPUT
+DATA=$OUTPUT/data/train.json VALIDATION=$OUTPUT/data/held_out.json
+TEACHER=$OUTPUT/teacher STUDENT=$OUTPUT/student MAPPER_KIND=em MAPPER=$OUTPUT/em_mapper.safetensors
+choose_small_precision "$OUTPUT/precision.txt"
+set +a
+export PYTHON TOKENIZERS_PARALLELISM=false
 
 samples=("$CDM_ROOT"/data/{dolly_train,code_tuning,math_tuning}.sample.json)
-so_far="$BLOCK_SIZE $BATCH_SIZE $SEED $(cat "${samples[@]}" | cksum)"
-do_step "Rows: 45 of each sample file to train, 5 held out" \
-    models split --data "${samples[@]}" --output "$data"
+models=("$PYTHON" "$here/quickstart_models.py")
+launch=(bash "$here/launch.sh")
+train_sft=(bash "$here/phi-qwen/train_sft_a100_qwen.sh")
+train_cdm=(bash "$here/phi-qwen/train_kd_a100_phi_qwen_CDM.sh")
 
-do_step "Teacher: SmolLM2-135M-Instruct" \
-    models teacher --output "$teacher_base" --downloads "$OUTPUT/downloads" --held_out "$data/held_out.json"
+# step ID RESULT NAME COMMAND…: a step of steps.py that builds on all before it.
+number=0 before=("${samples[@]}")
+step() {
+    number=$((number + 1))
+    supervise "$PYTHON" "$here/steps.py" "$OUTPUT" "$1" "$2" "[$number/10] $3" "${before[@]}" -- "${@:4}"
+    before+=("$1")
+}
 
-if [[ $DEVICE == cpu && -z $precision_wanted ]]; then
-    [[ -s $OUTPUT/precision.txt ]] || models precision >"$OUTPUT/precision.txt"   # measured once: reruns must agree
-    PRECISION=$(<"$OUTPUT/precision.txt")
-fi
-so_far+="$DEVICE $PRECISION"
-printf '\nDevice: %s, precision: %s\n' "$DEVICE" "$PRECISION"
+printf 'Device: %s, precision: %s\n' "$DEVICE" "$PRECISION"
+[[ $FRESH != 1 ]] || run "$PYTHON" "$here/steps.py" --start_over "$OUTPUT"
 
-do_step "The teacher as it comes, on the held-out rows" \
-    evaluate run_clm_sft.py "$teacher_base" "$OUTPUT/eval_teacher_base"
+step data data/held_out.json "Rows: 45 of each sample file to train, 5 held out" \
+    "${models[@]}" split --data "${samples[@]}" --output "$OUTPUT/data"
 
-do_step "The teacher is fine-tuned on the training rows" \
-    train_and_evaluate run_clm_sft.py "$teacher_base" "$teacher" "$TEACHER_EPOCHS" "$TEACHER_LEARNING_RATE"
+step teacher_base teacher_base/config.json "Teacher: SmolLM2-135M-Instruct" \
+    "${models[@]}" teacher --output "$OUTPUT/teacher_base" --downloads "$OUTPUT/downloads" --held_out "$VALIDATION"
 
-do_step "Student: a small Llama, and a tokenizer of its own" \
-    models student --output "$student" --train_file "$data/train.json" --vocab_size "$VOCAB_SIZE" \
+step teacher_untuned references/teacher_untuned/eval_results.json "The teacher as it comes, on the held-out rows" \
+    env OUTPUT="$OUTPUT/references/teacher_untuned" "${launch[@]}" evaluate run_clm_sft.py "$OUTPUT/teacher_base"
+
+step teacher teacher/eval_results.json "The teacher is fine-tuned on the training rows" \
+    env OUTPUT="$TEACHER" STUDENT="$OUTPUT/teacher_base" EPOCHS="$TEACHER_EPOCHS" \
+    LEARNING_RATE="$TEACHER_LEARNING_RATE" "${train_sft[@]}"
+
+step student student/config.json "Student: a small Llama, and a tokenizer of its own" \
+    "${models[@]}" student --output "$STUDENT" --train_file "$DATA" --vocab_size "$VOCAB_SIZE" \
     --hidden "$HIDDEN" --layers "$LAYERS" --heads "$HEADS" --seed "$SEED"
 
-do_step "Vocabulary mapper: exact matches" \
-    "$PYTHON" "$CDM_ROOT/get_vocab_mapper/get_em_mapper.py" --teacher "$teacher_base" --student "$student" \
-    --simi_threshold "$SIMI_THRESHOLD" --output "$mapper"
+step em_mapper em_mapper.safetensors "Vocabulary mapper: exact matches" \
+    "${launch[@]}" build_mapper
 
-distillation=(--teacher_path "$teacher" --teacher_to_student_id_mapping "$mapper" --kd_alpha "$KD_ALPHA"
-    --kd_temperature "$KD_TEMPERATURE" --topk "$TOPK" --simi_threshold "$SIMI_THRESHOLD" --alignment "$ALIGNMENT")
+step student_untrained references/student_untrained/eval_results.json "The untrained student, on the held-out rows" \
+    env OUTPUT="$OUTPUT/references/student_untrained" "${launch[@]}" evaluate_student "$STUDENT"
 
-do_step "The untrained student, on the held-out rows" \
-    evaluate run_clm_distill_CDM.py "$student" "$OUTPUT/eval_student" "${distillation[@]}"
+step sft sft/eval_results.json "SFT: the student alone" \
+    env OUTPUT="$OUTPUT/sft" "${train_sft[@]}"
 
-do_step "SFT: the student alone" \
-    train_and_evaluate run_clm_sft.py "$student" "$OUTPUT/sft" "$EPOCHS" "$LEARNING_RATE"
+step sft_held_out sft/evaluation/eval_results.json "The student after SFT, on the held-out rows, beside the teacher" \
+    env OUTPUT="$OUTPUT/sft/evaluation" "${launch[@]}" evaluate_student "$OUTPUT/sft"
 
-do_step "The student after SFT, on the held-out rows, beside the teacher" \
-    evaluate run_clm_distill_CDM.py "$OUTPUT/sft" "$OUTPUT/eval_sft" "${distillation[@]}"
+step cdm cdm/eval_results.json "CDM: the same student with the teacher" \
+    env OUTPUT="$OUTPUT/cdm" "${train_cdm[@]}"
 
-do_step "CDM: the same student with the teacher" \
-    train_and_evaluate run_clm_distill_CDM.py "$student" "$OUTPUT/cdm" "$EPOCHS" "$LEARNING_RATE" "${distillation[@]}"
-
-"$PYTHON" "$here/quickstart_report.py" "$OUTPUT"
-printf '\n%d s in all. The trained students: %s and %s\n' $((SECONDS - started)) "$OUTPUT/sft" "$OUTPUT/cdm"
+run "$PYTHON" "$CDM_ROOT/script_eval/summarize.py" "$OUTPUT/sft" "$OUTPUT/cdm" --margin 0.05 --output "$OUTPUT/summary" \
+    --references "$OUTPUT/references/teacher_untuned" "$TEACHER" "$OUTPUT/references/student_untrained"
+printf '\n%d s in all. The trained students: %s and %s\n' "$SECONDS" "$OUTPUT/sft" "$OUTPUT/cdm"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# CDM with two teachers: Phi-3-mini teaches Qwen2-0.5B across tokenizers, and Qwen2-7B teaches it token by token. Every
-# setting can be given in front of the command, and any further argument of modeling/run_clm_distill_CDM.py behind it:
+# CDM with two teachers: Phi-3-mini teaches Qwen2-0.5B across tokenizers, and Qwen2-7B teaches it token by token.
+# Settings go in front, further arguments of modeling/run_clm_distill_CDM.py behind; for DEVICE, NPROC, PRECISION,
+# DRY_RUN and others see launch.sh.
 #
 #     EPOCHS=5 DATA=data/dolly_train.jsonl bash script_train/phi-qwen/train_kd_a100_phi_qwen_dual.sh --save_total_limit 2
-#
-# DEVICE, NPROC, HOSTFILE, PRECISION, PYTHON and DRY_RUN: see script_train/launch.sh.
 set -euo pipefail
+SCRIPT=run_clm_distill_CDM.py PAIR=any
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 
 TEACHER=${TEACHER:-microsoft/Phi-3-mini-4k-instruct}   # hub name or folder; the paper's teachers are fine-tuned first (train_sft_a100_phi.sh)
@@ -33,47 +33,8 @@ BATCH_SIZE=${BATCH_SIZE:-4}                            # examples a device and f
 ACCUMULATION=${ACCUMULATION:-8}                        # forwards a step
 BLOCK_SIZE=${BLOCK_SIZE:-512}                          # tokens an example may have, on either side
 SEED=${SEED:-42}
-ZERO=${ZERO:-2}                                        # DeepSpeed ZeRO stage, 2 or 3
-WORKERS=${WORKERS:-4}                                  # processes that tokenise the data
-REPORT_TO=${REPORT_TO:-tensorboard}                    # tensorboard or none
 
-if [[ ! -f $MAPPER ]]; then
-    run "$PYTHON" "$CDM_ROOT/get_vocab_mapper/get_${MAPPER_KIND}_mapper.py" \
-        --teacher "$TEACHER" --student "$STUDENT" --simi_threshold "$SIMI_THRESHOLD" --output "$MAPPER"
-fi
-echo "mapper: $MAPPER" >&2
-
-evaluation=()
-if [[ -n $VALIDATION ]]; then
-    evaluation=(--do_eval true --validation_file "$VALIDATION" --eval_strategy epoch)
-fi
-
-launch modeling/run_clm_distill_CDM.py \
-    --model_name_or_path "$STUDENT" \
-    --teacher_path "$TEACHER" \
-    --same_tokenizer_teacher_path "$SAME_TEACHER" \
-    --cross_weight "$CROSS_WEIGHT" \
-    --teacher_zero3 "$TEACHER_ZERO3" \
-    --teacher_to_student_id_mapping "$MAPPER" \
-    --train_file "$DATA" \
-    --output_dir "$OUTPUT" \
-    --do_train true \
-    --kd_alpha "$KD_ALPHA" \
-    --kd_temperature "$KD_TEMPERATURE" \
-    --topk "$TOPK" \
-    --simi_threshold "$SIMI_THRESHOLD" \
-    --alignment "$ALIGNMENT" \
-    --block_size "$BLOCK_SIZE" \
-    --preprocessing_num_workers "$WORKERS" \
-    --num_train_epochs "$EPOCHS" \
-    --learning_rate "$LEARNING_RATE" \
-    --lr_scheduler_type "$SCHEDULER" \
-    --warmup_steps "$WARMUP" \
-    --per_device_train_batch_size "$BATCH_SIZE" \
-    --per_device_eval_batch_size "$BATCH_SIZE" \
-    --gradient_accumulation_steps "$ACCUMULATION" \
-    --logging_steps 10 \
-    --save_strategy epoch \
-    --seed "$SEED" \
-    --report_to "$REPORT_TO" \
-    "${evaluation[@]}" "$@"
+[[ -f $MAPPER ]] || build_mapper
+train --same_tokenizer_teacher_path "$SAME_TEACHER" --cross_weight "$CROSS_WEIGHT" --teacher_zero3 "$TEACHER_ZERO3" \
+    --teacher_to_student_id_mapping "$MAPPER" --topk "$TOPK" --simi_threshold "$SIMI_THRESHOLD" \
+    --alignment "$ALIGNMENT" "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# SFT of Qwen2-0.5B: the baseline without a teacher. Every setting can be given in front of the command, and any
-# further argument of modeling/run_clm_sft.py behind it:
+# SFT of Qwen2-0.5B: the baseline without a teacher. Settings go in front, further arguments of modeling/run_clm_sft.py
+# behind; for DEVICE, NPROC, PRECISION, DRY_RUN and others see launch.sh.
 #
 #     EPOCHS=5 DATA=data/dolly_train.jsonl bash script_train/phi-qwen/train_sft_a100_qwen.sh --save_total_limit 2
-#
-# DEVICE, NPROC, HOSTFILE, PRECISION, PYTHON and DRY_RUN: see script_train/launch.sh.
 set -euo pipefail
+# shellcheck disable=SC2034 # script_train/methods.py reads it
+METHOD=SFT SCRIPT=run_clm_sft.py PAIR=none ORDER=1
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 
 STUDENT=${STUDENT:-Qwen/Qwen2-0.5B}                    # hub name or folder
@@ -21,31 +21,5 @@ BATCH_SIZE=${BATCH_SIZE:-4}                            # examples a device and f
 ACCUMULATION=${ACCUMULATION:-8}                        # forwards a step
 BLOCK_SIZE=${BLOCK_SIZE:-512}                          # tokens an example may have
 SEED=${SEED:-42}
-ZERO=${ZERO:-2}                                        # DeepSpeed ZeRO stage, 2 or 3
-WORKERS=${WORKERS:-4}                                  # processes that tokenise the data
-REPORT_TO=${REPORT_TO:-tensorboard}                    # tensorboard or none
 
-evaluation=()
-if [[ -n $VALIDATION ]]; then
-    evaluation=(--do_eval true --validation_file "$VALIDATION" --eval_strategy epoch)
-fi
-
-launch modeling/run_clm_sft.py \
-    --model_name_or_path "$STUDENT" \
-    --train_file "$DATA" \
-    --output_dir "$OUTPUT" \
-    --do_train true \
-    --block_size "$BLOCK_SIZE" \
-    --preprocessing_num_workers "$WORKERS" \
-    --num_train_epochs "$EPOCHS" \
-    --learning_rate "$LEARNING_RATE" \
-    --lr_scheduler_type "$SCHEDULER" \
-    --warmup_steps "$WARMUP" \
-    --per_device_train_batch_size "$BATCH_SIZE" \
-    --per_device_eval_batch_size "$BATCH_SIZE" \
-    --gradient_accumulation_steps "$ACCUMULATION" \
-    --logging_steps 10 \
-    --save_strategy epoch \
-    --seed "$SEED" \
-    --report_to "$REPORT_TO" \
-    "${evaluation[@]}" "$@"
+train "$@"

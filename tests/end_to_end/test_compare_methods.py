@@ -1,25 +1,28 @@
-"""script_train/compare_methods.sh: once for real with tiny models, interrupted twice; and which steps run, and when.
+"""script_train/compare_methods.sh: for real with tiny models, interrupted twice, and with a method that was added; and
+which steps run, and when. The same of quickstart.sh.
 
-For the latter the Python that it calls is played by a script that only leaves behind what each command would.
+For the latter the Python that they call is played by a script that only leaves behind what each command would.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from script_train.methods import methods
 from tests.end_to_end.rig import ROOT, environment, tiny_llama
 from tests.end_to_end.warm_python import warm_python
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
-
-SCRIPT = ROOT / "script_train/compare_methods.sh"
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +50,22 @@ def warm(tmp_path_factory):
         yield python
 
 
-def compare(
-    pair: SimpleNamespace, output: Path, fails: bool = False, **settings: object
-) -> subprocess.CompletedProcess:
-    """Runs it on the CPU; with `fails`, it must end otherwise than well."""
+def settings_of(pair: SimpleNamespace, output: Path, **settings: object) -> dict[str, str]:
     given = {
         **{"PYTHON": sys.executable, "DEVICE": "cpu", "PRECISION": "fp32", "OUTPUT": output},
         **{name.upper(): getattr(pair, name) for name in ("teacher", "student", "data", "validation")},
         **settings,
     }
-    env = environment(**{name: str(value) for name, value in given.items() if value is not None})
-    done = subprocess.run(["bash", str(SCRIPT)], env=env, capture_output=True, text=True, timeout=600)
+    return environment(**{name: str(value) for name, value in given.items() if value is not None})
+
+
+def compare(
+    pair: SimpleNamespace, output: Path, fails: bool = False, root: Path = ROOT, **settings: object
+) -> subprocess.CompletedProcess:
+    """Runs it on the CPU; with `fails`, it must end otherwise than well."""
+    command = ["bash", str(root / "script_train/compare_methods.sh")]
+    env = settings_of(pair, output, **settings)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == fails, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
     return done
 
@@ -72,24 +80,18 @@ def files_of(folder: Path) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------------------ all of it
 
+TINY = {
+    **{"EPOCHS": 2, "LEARNING_RATE": 1e-3, "BATCH_SIZE": 2, "ACCUMULATION": 1, "TOPK": 20, "BLOCK_SIZE": 128},
+    **{"TEACHER_EPOCHS": 1, "TEACHER_BATCH_SIZE": 2, "TEACHER_ACCUMULATION": 1, "WORKERS": 1},
+    **{"LIMIT": 2, "EVAL_SEEDS": 10, "MAX_LENGTH": 48},
+}
+
 
 def test_a_comparison_that_is_interrupted_twice(pair, warm, tmp_path):
-    output, runs = tmp_path / "the comparison", tmp_path / "the comparison/runs"
-    settings = {
-        **{
-            "PYTHON": warm,
-            "METHODS": "SFT FKD ULD",
-            "SEEDS": "1 2",
-            "EPOCHS": 2,
-            "LEARNING_RATE": 1e-3,
-            "BATCH_SIZE": 2,
-        },
-        **{"ACCUMULATION": 1, "TEACHER_EPOCHS": 1, "TEACHER_BATCH_SIZE": 2, "TEACHER_ACCUMULATION": 1, "TOPK": 20},
-        **{"BLOCK_SIZE": 128, "WORKERS": 1, "LIMIT": 2, "EVAL_SEEDS": 10, "MAX_LENGTH": 48, "CHECKPOINTS": "epoch"},
-    }
+    output, runs = tmp_path / "the comparison's", tmp_path / "the comparison's/runs"
+    settings = {**TINY, "PYTHON": warm, "METHODS": "SFT FKD ULD", "SEEDS": "1 2"}
     # Killed when the first student's training has ended, before anything has taken note of it.
     first = compare(pair, output, fails=True, **settings, STOP_AFTER="runs/SFT/seed_1")
-    assert first.returncode == -9
     assert "FKD left out. The student's tokenizer" in first.stdout and "SFT, seed 1: training" in first.stdout
     assert (runs / "SFT/seed_1/train_results.json").exists() and not (output / "summary").exists()
     before = {**files_of(output / "teacher"), **files_of(output / "references"), **files_of(output / "mappers")}
@@ -102,67 +104,91 @@ def test_a_comparison_that_is_interrupted_twice(pair, warm, tmp_path):
     before |= files_of(runs / "SFT/seed_1")
 
     third = compare(pair, output, **settings)
-    assert f"Going on from {runs}/ULD/seed_1/checkpoint-2." in third.stderr
+    assert f"{runs}/ULD/seed_1/checkpoint-2" in third.stderr
     fourth = compare(pair, output, **settings)
 
-    finished = {str(path): path.stat().st_mtime_ns for path in map(Path, before) if path.exists()}
-    assert finished == before
+    assert {path: Path(path).stat().st_mtime_ns for path in before} == before
     assert not list(output.rglob("checkpoint-*"))
     assert read(runs / "ULD/seed_1/trainer_state.json")["global_step"] == 4
     assert fourth.stdout.count("done before") == 21
+    assert "FKD left out" in fourth.stdout.split("table.md")[-1]
 
     # The table's figures are those of the files.
     table = (output / "summary/table.md").read_text()
     for method in ("SFT", "ULD"):
-        files = [runs / method / f"seed_{seed}/evaluation/held_out/eval_results.json" for seed in (1, 2)]
-        cells = []
-        for key in ("eval_bits_per_byte", "eval_kd_loss"):
-            values = [read(file)[key] for file in files]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
         row = next(line for line in table.splitlines() if line.startswith(f"| {method} |"))
-        assert [cell.strip(" *") for cell in row.split("|")[-3:-1]] == cells
-        scores = [read(runs / method / f"seed_{seed}/evaluation/instructions/results.json") for seed in (1, 2)]
-        rouge = [score["scores"]["held-out"]["rouge_l"]["mean"] for score in scores]
-        assert f"{statistics.mean(rouge):.2f} ± {statistics.stdev(rouge):.2f}" in row
+        for file, figure, digits in (
+            ("instructions/results.json", lambda found: found["scores"]["held-out"]["rouge_l"]["mean"], 2),
+            ("held_out/eval_results.json", lambda found: found["eval_bits_per_byte"], 3),
+            ("held_out/eval_results.json", lambda found: found["eval_kd_loss"], 3),
+        ):
+            values = [figure(read(runs / f"{method}/seed_{seed}/evaluation" / file)) for seed in (1, 2)]
+            assert f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" in row
     assert "held-out ROUGE-L ↑ | bits per byte ↓ | KD ↓ |" in table and "\n- " not in table
 
     # What they are held against.
-    untrained = read(output / "references/student_untrained/evaluation/held_out/eval_results.json")
-    assert "| student_untrained | 1 |" in table and f"| {untrained['eval_bits_per_byte']:.3f} |" in table
-    for name in ("teacher_untuned", "teacher_tuned"):
+    places = []
+    for name in ("teacher_untuned", "teacher_tuned", "student_untrained"):
         figure = read(output / f"references/{name}/evaluation/held_out/eval_results.json")["eval_bits_per_byte"]
-        row = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
-        assert row.endswith(f"| {figure:.3f} | – |")
-    assert table.index("teacher_untuned") < table.index("teacher_tuned") < table.index("student_untrained")
-    assert "FKD left out" in fourth.stdout.split("table.md")[-1]
+        row = next(line for line in table.splitlines() if line.startswith(f"| {name} | 1 |"))
+        assert f"| {figure:.3f} |" in row and row.endswith("| – |") == name.startswith("teacher")
+        places.append(table.index(row))
+    assert places == sorted(places)
     for picture in ("curves.png", "scores.png"):
         assert (output / "summary" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_method_costs_one_python_and_one_shell_file(pair, warm, tmp_path):
+    root = tmp_path / "the project's copy"
+    for folder in ("config", "data", "get_vocab_mapper", "modeling", "script_eval", "script_train"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    uld = next(method for method in methods(root) if method.name == "ULD")
+    uld.script.with_name("run_clm_toy.py").write_text(uld.script.read_text())
+    shell = uld.shell.read_text().replace("METHOD=ULD SCRIPT=run_clm_uld.py PAIR=any ORDER=4", "# here")
+    assert "# here" in shell
+    uld.shell.with_name("train_toy.sh").write_text(shell.replace("# here", "METHOD=Toy SCRIPT=run_clm_toy.py PAIR=any"))
+
+    listed = subprocess.run([sys.executable, root / "script_train/methods.py"], capture_output=True, text=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [*(m.name for m in methods()), "Toy"]
+    settings = {**TINY, "PYTHON": warm, "SEEDS": 1, "TEACHER_READY": 1, "TOY_TEMPERATURE": 3.0}
+    planned = compare(pair, tmp_path / "none", root=root, DRY_RUN=1, **settings)
+    (training,) = [words for words in commands(planned) if words[1].endswith("run_clm_toy.py")]
+    assert value(training, "--kd_temperature") == "3.0"
+    compare(pair, tmp_path / "out", root=root, METHODS="Toy", **settings)
+    assert read(tmp_path / "out/runs/Toy/seed_1/trainer_state.json")["global_step"] == 4
+    assert "| Toy | 1 |" in (tmp_path / "out/summary/table.md").read_text()
 
 
 # ----------------------------------------------------------------------------------------------- which steps are run
 
 # Takes note of what it is asked for, and leaves an empty file where the command would leave its last one.
-PLAYED = """#!/bin/bash
-[[ ${1:-} != - ]] || exit 0
+PLAYED = f"""#!/bin/bash
 declare -A given
 name=$1
 for word; do
     if [[ $word == --* ]]; then name=$word; else given[$name]=$word; fi
 done
-case "${1##*/} ${2:-}" in
-    "compare_methods.py tokenizers") printf '%s' "$DIFFERENCE"; exit ;;
-    "compare_methods.py rows" | get_*_mapper.py*) last=${given[--output]} ;;
+case "${{1##*/}} ${{2:-}}" in
+    "compare.py rows") last=$4 ;;
+    compare.py* | steps.py*) exec '{sys.executable}' "$@" ;;
+    "quickstart_models.py precision") echo fp32; exit ;;
+    "quickstart_models.py split") last=${{given[--output]}}/held_out.json ;;
+    quickstart_models.py*) last=${{given[--output]}}/config.json ;;
+    get_*_mapper.py*) last=${{given[--output]}} ;;
     run_clm_*)
-        last=${given[--output_dir]}/eval_results.json
-        [[ -z ${given[--do_train]:-} ]] || last=${given[--output_dir]}/train_results.json
+        last=${{given[--output_dir]}}/eval_results.json
+        [[ -n ${{given[--do_eval]:-}} ]] || last=${{given[--output_dir]}}/train_results.json
         ;;
-    collect_results.py*) last=${given[--folder]}/results.json ;;
-    summarize.py*) exit ;;
+    collect_results.py*) last=${{given[--folder]}}/results.json ;;
     *) exit ;;
 esac
-printf '%s\\n' "${last#"$COMPARISON"/}" >>"$NOTES"
-[[ -z ${FAIL_AT:-} || $last != *$FAIL_AT* ]] || exit 3
-mkdir -p "${last%/*}"
+printf '%s\\n' "${{last#"$OUTPUT_IN_NOTES"/}}" >>"$NOTES"
+if [[ -n ${{WAIT_AT:-}} && $last == *$WAIT_AT* ]]; then
+    trap 'echo stopped >>"$NOTES"; exit 143' TERM INT
+    for _ in {{1..600}}; do sleep 0.1; done
+fi
+[[ -z ${{FAIL_AT:-}} || $last != *$FAIL_AT* ]] || exit 3
+mkdir -p "${{last%/*}}"
 : >"$last"
 """
 
@@ -173,28 +199,30 @@ def played(pair, tmp_path):
     python, notes, output = tmp_path / "python", tmp_path / "notes", tmp_path / "out put"
     python.write_text(PLAYED)
     python.chmod(0o755)
+    usual = {"PYTHON": python, "NOTES": notes, "OUTPUT_IN_NOTES": output, "SEEDS": "1 2", "METHODS": EVERY}
 
     def run(fails: bool = False, **settings: object) -> tuple[list[str], subprocess.CompletedProcess]:
         notes.write_text("")
-        given = {"PYTHON": python, "NOTES": notes, "COMPARISON": output, "DIFFERENCE": "They differ.", "SEEDS": "1 2"}
-        done = compare(pair, output, fails, **{**given, **settings})
+        done = compare(pair, output, fails, **{**usual, **settings})
         return notes.read_text().splitlines(), done
 
-    run.output = output
+    run.output, run.notes, run.settings = output, notes, settings_of(pair, output, **usual)
     return run
 
 
 HELD_OUT, ROUGE = "evaluation/held_out/eval_results.json", "evaluation/instructions/results.json"
-REFERENCES = [f"references/{name}" for name in ("teacher_untuned", "teacher_tuned", "student_untrained")]
+TRAINED = ("train_results.json", HELD_OUT, ROUGE)
+EVERY = "SFT ULD MinED CDM"
 
 
 def of_runs(methods: str, *files: str, seeds: str = "1 2") -> list[str]:
-    return [f"runs/{m}/seed_{s}/{file}" for s in seeds.split() for m in methods.split() for file in files]
+    """These files of the runs, or the runs' folders."""
+    runs = [f"runs/{method}/seed_{seed}" for seed in seeds.split() for method in methods.split()]
+    return [f"{run}/{file}" for run in runs for file in files] if files else runs
 
 
 def test_everything_is_done_once_and_in_order(played):
     steps, done = played()
-    assert "FKD and RKD left out. They differ." in done.stdout
     assert steps == [
         "sets/held-out/valid.jsonl",
         *(f"references/teacher_untuned/{file}" for file in (HELD_OUT, ROUGE)),
@@ -202,99 +230,133 @@ def test_everything_is_done_once_and_in_order(played):
         *(f"references/teacher_tuned/{file}" for file in (HELD_OUT, ROUGE)),
         *("mappers/em/mapper.safetensors", "mappers/MinED/mapper.safetensors"),
         *(f"references/student_untrained/{file}" for file in (HELD_OUT, ROUGE)),
-        *of_runs("SFT ULD MinED CDM", "train_results.json", HELD_OUT, ROUGE),
+        *of_runs(EVERY, *TRAINED),
     ]
     assert f"[{len(steps)}/{len(steps)}] CDM, seed 2: ROUGE-L" in done.stdout
     assert played()[0] == []
+    record = read(played.output / "records/ULD_seed_2.json")
+    assert record["made_with"]["--seed"] == "2" and "run_clm_uld.py" in record["command"] and record["seconds"] >= 0
+    moved = played.output.rename(played.output.with_name("moved"))
+    assert played(OUTPUT=moved)[0] == []
+    moved.rename(played.output)
 
-
-TRAINED = ("train_results.json", HELD_OUT, ROUGE)
-DISTILLED = "ULD MinED CDM"
-EVERY = "SFT ULD MinED CDM"
-
-
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        ({"EPOCHS": 4}, of_runs(EVERY, *TRAINED)),
-        ({"ULD_TEMPERATURE": 3.0}, of_runs("ULD", *TRAINED)),
-        ({"MINED_TEMPERATURE": 3.0}, of_runs("MinED", *TRAINED)),
-        ({"SEEDS": "1 2 3"}, of_runs(EVERY, *TRAINED, seeds="3")),
-        ({"SEEDS": "2"}, []),
-        ({"METHODS": "CDM SFT"}, []),
-        ({"WORKERS": 2, "TEACHER_CACHE": 0, "REPORT_TO": "tensorboard"}, []),
-        ({"LIMIT": 1}, [f"{run}/{ROUGE}" for run in REFERENCES] + of_runs(EVERY, ROUGE)),
-        ({"TOP_P": 0.9}, [f"{run}/{ROUGE}" for run in REFERENCES] + of_runs(EVERY, ROUGE)),
-        (  # CDM's own setting, and with it the measure of all
-            {"TOPK": 7},
-            [
-                f"references/student_untrained/{HELD_OUT}",
-                *of_runs(EVERY, HELD_OUT),
-                *of_runs("CDM", "train_results.json", ROUGE),
-            ],
-        ),
-        (  # another teacher for all but SFT, and another measure for SFT too
-            {"TEACHER_EPOCHS": 9},
-            [
-                *(
-                    "teacher/train_results.json",
-                    f"references/teacher_tuned/{HELD_OUT}",
-                    f"references/teacher_tuned/{ROUGE}",
-                ),
-                *(f"references/student_untrained/{HELD_OUT}", *of_runs("SFT", HELD_OUT), *of_runs(DISTILLED, *TRAINED)),
-            ],
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_another_setting_does_again_what_depends_on_it(played, change, again):
-    played()
-    steps, _ = played(**change)
-    assert sorted(steps) == sorted(again)
-
-
-def test_other_rows_and_models_and_lost_results(played, pair, tmp_path):
-    data, student = tmp_path / "data.json", tmp_path / "student"
-    data.write_text("[]")
-    student.mkdir()
-    (student / "model.safetensors").write_bytes(b"1")
-    settings = {"DATA": data, "STUDENT": student}
-    played(**settings)
-    data.write_text("[ ]")
-    steps, _ = played(**settings)
-    assert "teacher/train_results.json" in steps and f"references/teacher_untuned/{HELD_OUT}" not in steps
-    assert set(of_runs(EVERY, *TRAINED)) < set(steps)
-    (student / "model.safetensors").write_bytes(b"2")
-    steps, _ = played(**settings)
-    assert set(of_runs(EVERY, *TRAINED)) < set(steps) and "teacher/train_results.json" not in steps
-    assert {"mappers/em/mapper.safetensors", f"references/student_untrained/{ROUGE}"} < set(steps)
-    (played.output / "runs/ULD/seed_2" / HELD_OUT).unlink()
-    assert played(**settings)[0] == of_runs("ULD", HELD_OUT, seeds="2")
-
-
-def test_what_was_begun_is_gone_on_from_with_the_same_settings_only(played):
-    """A step that failed keeps its folder for the next try; another setting begins with an empty one."""
-    run = played.output / "runs/ULD/seed_1"
-    played(fails=True, FAIL_AT="runs/ULD/seed_1/train")
-    (run / "checkpoint-5").mkdir(parents=True)
-    steps, _ = played(fails=True, FAIL_AT="runs/ULD/seed_1/train")
-    assert steps == ["runs/ULD/seed_1/train_results.json"]
-    assert (run / "checkpoint-5").is_dir()
-    played(fails=True, FAIL_AT="runs/ULD/seed_1/train", ULD_ALPHA=0.4)
-    assert not (run / "checkpoint-5").exists()
-    steps, _ = played(ULD_ALPHA=0.4)
-    assert steps[0] == "runs/ULD/seed_1/train_results.json"
-
-
-def test_a_teacher_that_is_ready_is_neither_tuned_nor_measured_twice(played):
-    steps, _ = played(TEACHER_READY=1, METHODS="SFT CDM", SEEDS=1)
-    assert steps == [
+    ready, _ = played(TEACHER_READY=1, METHODS="SFT CDM", SEEDS=1, OUTPUT=played.output / "ready")
+    assert [step.removeprefix("ready/") for step in ready] == [
         "sets/held-out/valid.jsonl",
         *(f"references/teacher/{file}" for file in (HELD_OUT, ROUGE)),
         "mappers/em/mapper.safetensors",
         *(f"references/student_untrained/{file}" for file in (HELD_OUT, ROUGE)),
         *of_runs("SFT CDM", *TRAINED, seeds="1"),
     ]
+
+
+def test_other_settings_are_named_and_nothing_is_run(played, pair, tmp_path):
+    """Nor is anything deleted; what does not concern what is there is taken."""
+    data, student = tmp_path / "data.json", tmp_path / "student"
+    data.write_text("[]")
+    student.mkdir()
+    (student / "model.safetensors").write_bytes(b"1")
+    given = {"DATA": data, "STUDENT": student}
+    played(**given)
+    before = files_of(played.output)
+
+    def refused(**settings: object) -> str:
+        steps, done = played(fails=True, **{**given, **settings})
+        assert done.returncode == 2 and steps == [] and files_of(played.output) == before
+        return done.stderr
+
+    for setting, flag, then, now, made_anew in (
+        ("EPOCHS", "--num_train_epochs", "3", "4", of_runs(EVERY)),
+        ("ULD_TEMPERATURE", "--kd_temperature", "1.0", "3.0", of_runs("ULD")),
+        ("TOPK", "--topk", "100", "7", ["runs/SFT/seed_1/evaluation/held_out", *of_runs("CDM")]),
+        ("LIMIT", "LIMIT", "", "1", ["runs/SFT/seed_1/evaluation/instructions"]),
+        ("TOP_P", "TOP_P", None, "0.9", ["runs/SFT/seed_1/evaluation/instructions"]),
+        ("TEACHER_EPOCHS", "--num_train_epochs", "3", "9", ["teacher", *of_runs("ULD")]),
+    ):
+        message = refused(**{setting: now})
+        (named,) = [line for line in message.splitlines() if line.startswith("  ")]
+        assert f" {flag}: {then!r} then, {now!r} now" in named
+        assert "OUTPUT" in message and "FRESH=1" in message and set(made_anew) <= set(message.split())
+    data.write_text("[ ]")
+    assert "  DATA: " in refused()
+    data.write_text("[]")
+    (student / "model.safetensors").write_bytes(b"2")
+    assert "  STUDENT: " in refused()
+    (student / "model.safetensors").write_bytes(b"1")
+
+    elsewhere = {"WORKERS": 2, "TEACHER_CACHE": 0, "REPORT_TO": "tensorboard"}
+    for same in ({"SEEDS": "2"}, {"METHODS": "CDM SFT"}, elsewhere):
+        assert played(**given, **same)[0] == []
+    assert played(**given, SEEDS="1 2 3")[0] == of_runs(EVERY, *TRAINED, seeds="3")
+
+
+def test_what_was_deleted_is_made_anew_and_fresh_makes_all_anew(played):
+    everything, _ = played()
+    (played.output / "runs/ULD/seed_2" / HELD_OUT).unlink()
+    assert played()[0] == of_runs("ULD", HELD_OUT, seeds="2")
+    shutil.rmtree(played.output / "runs/ULD")
+    assert played(ULD_ALPHA=0.4)[0] == of_runs("ULD", *TRAINED)
+    mine = played.output / "notes of mine"
+    mine.write_text("precious")
+    assert played(FRESH=1, EPOCHS=7)[0] == everything
+    assert mine.read_text() == "precious"
+
+
+def test_an_interrupted_step_resumes_in_its_folder_with_the_same_settings_only(played):
+    checkpoint = played.output / "runs/ULD/seed_1/checkpoint-5"
+    _, done = played(fails=True, FAIL_AT="runs/ULD/seed_1/train")
+    assert done.returncode == 3 and "ULD, seed 1: training" in done.stderr.splitlines()[-1]
+    checkpoint.mkdir(parents=True)
+    steps, _ = played(fails=True, FAIL_AT="runs/ULD/seed_1/train")
+    assert steps == ["runs/ULD/seed_1/train_results.json"] and checkpoint.is_dir()
+    _, done = played(fails=True, ULD_ALPHA=0.4)
+    assert "--kd_alpha" in done.stderr and checkpoint.is_dir()
+    assert played()[0][0] == "runs/ULD/seed_1/train_results.json" and not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "wait_at"),
+    [(signal.SIGTERM, "runs/SFT/seed_1/train"), (signal.SIGTERM, HELD_OUT), (signal.SIGINT, "runs/SFT/seed_1/train")],
+)
+def test_a_signal_reaches_what_is_running(played, number, wait_at):
+    command = ["bash", str(ROOT / "script_train/compare_methods.sh")]
+    with open(played.notes.with_name("said"), "w") as said:
+        running = subprocess.Popen(command, env={**played.settings, "WAIT_AT": wait_at}, stdout=said, stderr=said)
+    deadline = time.monotonic() + 60
+    while not (played.notes.exists() and wait_at in played.notes.read_text()):
+        assert running.poll() is None and time.monotonic() < deadline, played.notes.with_name("said").read_text()
+        time.sleep(0.05)
+    time.sleep(0.2)
+    running.send_signal(number)
+    assert running.wait(timeout=30) == 128 + number
+    assert played.notes.read_text().splitlines()[-1] == "stopped"
+
+
+def test_the_quickstarts_steps(played):
+    """In a folder of its own: all ten, then none, then those that another setting concerns."""
+    settings = {**played.settings, "OUTPUT": f"{played.output}/quick start", "TEACHER": "", "NOTES": str(played.notes)}
+
+    def quickstart(**changes: str) -> tuple[list[str], subprocess.CompletedProcess]:
+        played.notes.write_text("")
+        command = ["bash", str(ROOT / "script_train/quickstart.sh")]
+        done = subprocess.run(command, env={**settings, **changes}, capture_output=True, text=True, timeout=120)
+        steps = [step.removeprefix("quick start/") for step in played.notes.read_text().splitlines()]
+        return steps, done
+
+    steps, done = quickstart()
+    assert done.returncode == 0, done.stderr
+    assert steps == [
+        *("data/held_out.json", "teacher_base/config.json", "references/teacher_untuned/eval_results.json"),
+        *("teacher/eval_results.json", "student/config.json", "em_mapper.safetensors"),
+        *("references/student_untrained/eval_results.json", "sft/eval_results.json"),
+        *("sft/evaluation/eval_results.json", "cdm/eval_results.json"),
+    ]
+    assert "[10/10] CDM" in done.stdout
+    assert quickstart()[0] == []
+    again, done = quickstart(EPOCHS="9")
+    assert done.returncode == 2 and again == []
+    assert "--num_train_epochs: '5' then, '9' now" in done.stderr and "FRESH=1" in done.stderr
+    assert quickstart(EPOCHS="9", FRESH="1")[0] == steps
 
 
 # ---------------------------------------------------------------------------------------------------- the commands
@@ -309,27 +371,19 @@ def value(words: list[str], flag: str) -> str | None:
     return words[words.index(flag) + 1] if flag in words else None
 
 
-def test_the_same_tokenizer_takes_all_six_methods(pair, warm, tmp_path):
+def test_the_same_tokenizer_takes_all_methods(pair, warm, tmp_path):
     output = tmp_path / "none"
     done = compare(pair, output, TEACHER=pair.same, DRY_RUN=1, SEEDS="7", BATCH_SIZE=3, PYTHON=warm)
     assert "left out" not in done.stdout and not output.exists()
     trainings = [words for words in commands(done) if value(words, "--do_train")][1:]
     assert [Path(value(words, "--output_dir")).relative_to(output / "runs") for words in trainings] == [
-        Path(f"{method}/seed_7") for method in ("SFT", "FKD", "RKD", "ULD", "MinED", "CDM")
+        Path(f"{method.name}/seed_7") for method in methods()
     ]
     assert {(value(w, "--seed"), value(w, "--per_device_train_batch_size")) for w in trainings} == {("7", "3")}
     temperatures = [value(words, "--kd_temperature") for words in trainings]
     assert temperatures == [None, "2.0", "2.0", "1.0", "2.0", "1.0"]
+    assert {value(words, "--kd_alpha") for words in trainings[1:]} == {"0.5"}
     assert {value(words, "--teacher_path") for words in trainings[1:]} == {str(output / "teacher")}
-
-    # No command has a flag that its script does not know.
-    by_script = {words[1]: words for words in commands(done) if words[0] == warm}
-    assert len(by_script) == 10
-    for script, words in by_script.items():
-        described = subprocess.run([warm, script, "--help"], env=environment(), capture_output=True, text=True)
-        known = {word.strip("[],") for word in described.stdout.split()}
-        given = {word for word in words if word.startswith("--")}
-        assert given and given <= known, script
 
 
 def test_the_small_comparison_needs_no_other_setting(pair, tmp_path):
@@ -339,45 +393,43 @@ def test_the_small_comparison_needs_no_other_setting(pair, tmp_path):
     assert not (tmp_path / "none").exists()
     words = commands(done)
     runs = [Path(value(w, "--output_dir")) for w in words if value(w, "--do_train")]
-    assert [run.parent.name for run in runs[1:]] == ["SFT", "ULD", "MinED", "CDM"] * 3
+    assert [run.parent.name for run in runs[1:]] == EVERY.split() * 3
     assert "[49/49] CDM, seed 3: ROUGE-L" in done.stdout
     assert words[-1][1].endswith("summarize.py")
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "words"),
     [
         ({"TEACHER": None}, "TEACHER is not set"),
-        ({"STUDENT": None}, "STUDENT is not set"),
-        ({"DATA": "/no/such/file.json"}, "DATA=/no/such/file.json is not a file"),
+        ({"DATA": "/no/such/file.json"}, "DATA=/no/such/file.json"),
         ({"VALIDATION": "/"}, "VALIDATION=/ is not a file"),
-        ({"METHODS": "SFT GKD"}, 'METHODS="SFT GKD": GKD is none of SFT FKD RKD ULD MinED CDM.'),
-        ({"METHODS": " "}, "METHODS is empty"),
-        ({"SEEDS": " "}, "SEEDS is empty"),
-        ({"SEEDS": "1 two"}, 'SEEDS="1 two": two is no whole number'),
-        ({"CHECKPOINTS": "steps"}, "CHECKPOINTS=steps is none of epoch, no."),
-        ({"EVAL_SETS": "dolly", "DATA_DIR": "/none"}, "there is no /none/dolly/valid.jsonl. Set DATA_DIR."),
-        ({"SMALL": 1}, "SMALL=1 brings TEACHER, STUDENT, DATA and VALIDATION of its own"),
+        ({"METHODS": "SFT GKD"}, 'METHODS="SFT GKD"'),
+        ({"METHODS": " "}, 'METHODS=" "'),
+        ({"METHODS": "FKD"}, "FKD left out"),
+        ({"SEEDS": " "}, 'SEEDS=" "'),
+        ({"SEEDS": "1 two"}, 'SEEDS="1 two"'),
+        ({"PRECISION": "fp8"}, "PRECISION=fp8"),
+        ({"EVAL_SETS": "dolly", "DATA_DIR": "/none"}, "/none/dolly/valid.jsonl"),
+        ({"SMALL": 1}, "SMALL=1 brings TEACHER"),
+        ({"PYTHON": "isolated"}, "has no module torch, transformers, modeling, get_vocab_mapper"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_named_before_anything_is_done(pair, tmp_path, settings, message):
-    done = compare(pair, tmp_path / "none", fails=True, **settings)
-    assert message in done.stderr and not (tmp_path / "none").exists()
-
-
-def test_an_interpreter_without_the_project_is_named(pair, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S \"$@\"\n")
+def test_what_is_wrong_is_named_before_anything_is_done(pair, tmp_path, settings, words):
+    python = tmp_path / "isolated"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -E -S \"$@\"\n")
     python.chmod(0o755)
-    done = compare(pair, tmp_path / "none", fails=True, PYTHON=python)
-    message = f"{python} has no module torch, transformers, modeling, get_vocab_mapper. Install requirements.txt for it"
-    assert message in done.stderr and not (tmp_path / "none").exists()
+    if "PYTHON" in settings:
+        settings = {"PYTHON": python}
+    done = compare(pair, tmp_path / "none", fails=True, **{"METHODS": EVERY, **settings})
+    assert words in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "none").exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(pair, tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher/model.safetensors").write_bytes(b"precious")
-    done = compare(pair, tmp_path, fails=True)
-    assert f"OUTPUT={tmp_path} holds other things than a comparison" in done.stderr
-    assert (tmp_path / "teacher/model.safetensors").read_bytes() == b"precious"
+    for fresh in (0, 1):
+        done = compare(pair, tmp_path, fails=True, METHODS=EVERY, FRESH=fresh)
+        assert f"{tmp_path}/teacher" in done.stderr
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.safetensors"]

@@ -69,7 +69,7 @@ def warm_python(folder: Path) -> Iterator[str]:
 
 
 def serve(path: str) -> None:
-    """One script at a time, for ever."""
+    """For ever. A script may start others."""
     for name in HEAVY:
         __import__(name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -79,14 +79,23 @@ def serve(path: str) -> None:
             connection, _ = listener.accept()
             with connection:
                 message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-                child = os.fork()
-                if child == 0:
-                    run(json.loads(message), files)
+                if os.fork() == 0:
+                    attend(connection, json.loads(message), files)
                 for file in files:
                     os.close(file)
-                code = wait_for(child, connection)
-                with contextlib.suppress(BrokenPipeError):
-                    connection.send(bytes([code]))
+
+
+def attend(connection: socket.socket, request: dict, files: list[int]) -> None:
+    """Runs the script in a process of its own, and tells the client its exit code. Does not return."""
+    child = os.fork()
+    if child == 0:
+        run(request, files)
+    for file in files:
+        os.close(file)
+    code = wait_for(child, connection)
+    with contextlib.suppress(BrokenPipeError):
+        connection.send(bytes([code]))
+    os._exit(0)
 
 
 def wait_for(child: int, connection: socket.socket) -> int:

@@ -1,4 +1,4 @@
-"""The shell scripts: shellcheck finds nothing, and they work from a folder whose name has spaces."""
+"""The shell scripts: shellcheck finds nothing, they declare the methods, and spaces in paths do no harm."""
 
 import os
 import platform
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from script_train.methods import methods
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -49,9 +51,6 @@ def test_no_text_is_run_as_a_command(script):
         assert code.startswith("#") or not re.search(r"(^|[\s;&|(])(eval|(ba)?sh\s+-c)\s", code), line
 
 
-# --------------------------------------------------------------------------------------- folders with spaces in them
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """The project in a folder with an awkward name; its interpreter is this one."""
@@ -59,6 +58,35 @@ def copy(tmp_path_factory) -> Path:
     for folder in ("config", "data", "get_vocab_mapper", "modeling", "script_eval", "script_train"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return root
+
+
+# -------------------------------------------------------------------------------------------------- the methods
+
+
+def test_every_script_of_a_method_is_declared_once():
+    assert [method.name for method in methods()] == ["SFT", "FKD", "RKD", "ULD", "MinED", "CDM"]
+    assert {method.script for method in methods()} == set((ROOT / "modeling").glob("run_clm_*.py"))
+    assert {method.name for method in methods() if method.pair == "same"} == {"FKD", "RKD"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("METHOD=ULD SCRIPT=run_clm_uld.py PAIR=any", "ULD.sh and in"),
+        ("METHOD=New SCRIPT=run_clm_new.py PAIR=any", "run_clm_new.py is not in"),
+        ("METHOD=New SCRIPT=run_clm_uld.py PAIR=some", "PAIR=none|same|any"),
+    ],
+)
+def test_a_declaration_that_cannot_be_used_names_its_file(copy, line, words):
+    script = copy / "script_train/phi-qwen/train_new.sh"
+    script.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"train_new\.sh") as caught:
+        methods(copy)
+    script.unlink()
+    assert words in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------- folders with spaces in them
 
 
 THIN = sorted((ROOT / "script_train").glob("*/*.sh"))
