@@ -14,11 +14,11 @@ import re
 import sys
 from pathlib import Path
 
-from eval_records import read_lines
+from eval_records import read_lines, write_text
 from evalplus.data import get_human_eval_plus, get_mbpp_plus
 from evalplus.sanitize import sanitize
 
-from modeling.examples import alpaca_prompt
+from modeling.text.rows import alpaca_prompt
 
 TASKS = {"humaneval": get_human_eval_plus, "mbpp": get_mbpp_plus}
 
@@ -26,7 +26,7 @@ TASKS = {"humaneval": get_human_eval_plus, "mbpp": get_mbpp_plus}
 def instruction(dataset: str, task: dict) -> str:
     """What the model is told to do.
 
-    A HumanEval task is the beginning of a file: imports, perhaps helpers, the function's head and docstring. An MBPP
+    A HumanEval task is the beginning of a file: imports, sometimes helpers, the function's head and docstring. An MBPP
     task is a docstring with a description and one assertion, put as `data/prepare_data.py code` puts MBPP's own.
     """
     if dataset == "humaneval":
@@ -45,19 +45,19 @@ def solution(task: dict, response: str) -> str:
     """
     prompt, name = task["prompt"], task["entry_point"]
     head = re.compile(rf"^def {re.escape(name)}\b", re.MULTILINE)
-    if not head.search(response):
-        return sanitize(prompt + response, name) if head.search(prompt) else sanitize(response, name)
     begins = head.search(prompt)
-    given = prompt[: begins.start()] if begins else ""
-    return given + sanitize(response, name)
+    if not begins:
+        return sanitize(response, name)
+    if not head.search(response):
+        return sanitize(prompt + response, name)
+    return prompt[: begins.start()] + sanitize(response, name)
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     """Leaves a file that already holds these rows alone, so that what was made from it is not older."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def prompts(dataset: str, limit: int | None) -> list[dict]:
@@ -79,15 +79,14 @@ def samples(dataset: str, asked: list[dict], generations: list[dict]) -> list[di
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (("prompts", "writes the prompts"), ("samples", "writes the solutions")):
-        sub = commands.add_parser(command, help=text)
-        sub.add_argument("--dataset", choices=tuple(TASKS), required=True)
-        sub.add_argument("--output", type=Path, required=True)
-        if command == "prompts":
-            sub.add_argument("--limit", type=int, help="Only the first so many tasks.")
-        else:
-            sub.add_argument("--prompts", type=Path, required=True, help="The file of the first command.")
-            sub.add_argument("--generations", type=Path, required=True, help="What generate.py made of it.")
+    asking = commands.add_parser("prompts", help="writes the prompts")
+    asking.add_argument("--limit", type=int, help="Only the first so many tasks.")
+    solving = commands.add_parser("samples", help="writes the solutions")
+    solving.add_argument("--prompts", type=Path, required=True, help="The file of the first command.")
+    solving.add_argument("--generations", type=Path, required=True, help="What generate.py made of it.")
+    for command in (asking, solving):
+        command.add_argument("--dataset", choices=tuple(TASKS), required=True)
+        command.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     try:
         if args.command == "prompts":

@@ -1,7 +1,7 @@
 """What an evaluation found, as `results.json` and as a table: the last step of each eval_*.sh.
 
-Every results.json has the same form: `scores` is `{benchmark: {metric: {mean, std, values}}}`, in percent, and beside
-it stand `counts`, `seeds`, `missing`, `settings`, `versions`, `model` and `date`.
+Every results.json has the same form: `scores` is `{benchmark: {metric: {mean, std, values}}}`, in percent; beside it
+are `counts`, `seeds`, `missing`, `settings`, `versions`, `model` and `date`.
 """
 
 from __future__ import annotations

@@ -32,9 +32,8 @@ output_folder() {
     fi
 }
 
-# over_devices ARGUMENTS…: Python with these, in one process a device.
+# over_devices ARGUMENTS…: Python with these, in one process a device. (After choose_devices.)
 over_devices() {
-    choose_devices
     local processes=${NPROC:-$DEVICE_COUNT}
     [[ $processes =~ ^[1-9][0-9]*$ ]] || die "NPROC=$processes is not a number of processes."
     local -a command=("$PYTHON")
@@ -44,9 +43,10 @@ over_devices() {
     run "${command[@]}" "$@"
 }
 
+# generate ARGUMENTS…: generate.py with these, and with the settings that all its callers have.
 generate() {
     choose_devices
-    local -a flags=()
-    [[ $DEVICE != cpu ]] || flags+=(--use_cpu)
-    over_devices "$EVAL_DIR/generate.py" "${flags[@]}" "$@"
+    [[ $DEVICE != cpu ]] || set -- --use_cpu "$@"
+    over_devices "$EVAL_DIR/generate.py" --model "$MODEL" --max_length "$MAX_LENGTH" \
+        --max_prompt_length "$MAX_PROMPT_LENGTH" --batch_size "$BATCH_SIZE" --dtype "$DTYPE" "$@"
 }

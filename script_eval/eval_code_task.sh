@@ -10,7 +10,7 @@
 # EvalPlus 0.3.1 lets no solution of HumanEval/32 pass, not even its own: 163 of 164, 99.39, is the most.
 #
 # Every setting can be given in front of the command, and any further argument of generate.py behind it. Interrupted, it
-# goes on at the first missing solution. Environment and devices: see common.sh.
+# resumes at the first missing solution. Environment and devices: see common.sh.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" requirements-eval.txt
 require_model
@@ -31,40 +31,27 @@ MIN_TIME_LIMIT=${MIN_TIME_LIMIT:-1}                         # seconds that a tes
 
 read -ra datasets <<<"$DATASETS"
 
-# find_data VARIABLE NAME: exports the variable in which EvalPlus takes a local file.
-find_data() {
-    local name
-    for name in "$DATA_DIR"/{,evalplus/}"$2".jsonl{.gz,}; do
-        if [[ -f $name ]]; then
-            export "$1=$name"
-            return
-        fi
-    done
-}
-
-if [[ -n $DATA_DIR ]]; then
-    find_data HUMANEVAL_OVERRIDE_PATH HumanEvalPlus
-    find_data MBPP_OVERRIDE_PATH MbppPlus
-fi
-
 for dataset in "${datasets[@]}"; do
-    case $dataset in
-        humaneval) local_file=${HUMANEVAL_OVERRIDE_PATH:-} ;;
-        mbpp) local_file=${MBPP_OVERRIDE_PATH:-} ;;
+    case $dataset in   # the variable in which EvalPlus takes a local file, and the file's name
+        humaneval) variable=HUMANEVAL_OVERRIDE_PATH name=HumanEvalPlus.jsonl ;;
+        mbpp) variable=MBPP_OVERRIDE_PATH name=MbppPlus.jsonl ;;
         *) die "DATASETS: $dataset is none of humaneval, mbpp." ;;
     esac
-    if [[ -n $DATA_DIR && -z $local_file ]]; then
-        printf '%s: missing, it is not in %s\n' "$dataset" "$DATA_DIR" >&2
-        continue
+    if [[ -n $DATA_DIR ]]; then
+        for file in "$DATA_DIR"/{evalplus/,}"$name"{,.gz}; do
+            [[ ! -f $file ]] || export "$variable=$file"
+        done
+        if [[ -z ${!variable:-} ]]; then
+            printf '%s: missing, it is not in %s\n' "$dataset" "$DATA_DIR" >&2
+            continue
+        fi
     fi
     folder=$OUTPUT/$dataset
     samples=$folder/samples.jsonl
     results=$folder/samples_eval_results.json
     run "$PYTHON" "$EVAL_DIR/code_task.py" prompts --dataset "$dataset" --output "$folder/prompts.jsonl" \
         ${LIMIT:+--limit "$LIMIT"}
-    generate --model "$MODEL" --data "$folder/prompts.jsonl" --output "$folder/generations.jsonl" --greedy \
-        --max_length "$MAX_LENGTH" --max_prompt_length "$MAX_PROMPT_LENGTH" --batch_size "$BATCH_SIZE" \
-        --dtype "$DTYPE" "$@"
+    generate --data "$folder/prompts.jsonl" --output "$folder/generations.jsonl" --greedy "$@"
     run "$PYTHON" "$EVAL_DIR/code_task.py" samples --dataset "$dataset" --prompts "$folder/prompts.jsonl" \
         --generations "$folder/generations.jsonl" --output "$samples"
     # EvalPlus takes results that are there already, whatever the samples.

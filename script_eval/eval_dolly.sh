@@ -5,7 +5,7 @@
 #     MODEL=outputs/student SETS=dolly SEEDS="10 20" bash script_eval/eval_dolly.sh
 #
 # Every setting can be given in front of the command, and any further argument of generate.py behind it. Interrupted, it
-# goes on at the first missing set, seed and row. Environment and devices: see common.sh.
+# resumes at the first missing set, seed and row. Environment and devices: see common.sh.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" requirements.txt
 require_model
@@ -32,29 +32,18 @@ read -ra seeds <<<"$SEEDS"
 [[ $ROUGE_TOKENIZER =~ ^(rouge_score|unicode)$ ]] ||
     die "ROUGE_TOKENIZER=$ROUGE_TOKENIZER is none of rouge_score, unicode."
 
-# Prints the file of a set; DSKD keeps those with long responses in a subfolder 11_.
-file_of() {
-    local name
-    for name in "$1" "$1/11_"; do
-        if [[ -f $DATA_DIR/$name/valid.jsonl ]]; then
-            printf '%s' "$DATA_DIR/$name/valid.jsonl"
-            return
-        fi
-    done
-}
-
 for set in "${sets[@]}"; do
-    data=$(file_of "$set")
-    if [[ -z $data ]]; then
+    data=$DATA_DIR/$set/valid.jsonl
+    [[ -f $data ]] || data=$DATA_DIR/$set/11_/valid.jsonl   # where DSKD keeps those with long responses
+    if [[ ! -f $data ]]; then
         printf '%s: missing, there is no %s\n' "$set" "$DATA_DIR/$set/valid.jsonl" >&2
         continue
     fi
     limit=$LIMIT
     # The first 10,000 of the 60,000.
     if [[ $set == uinst ]] && ((${limit:-10000} >= 10000)); then limit=10000; fi
-    generate --model "$MODEL" --data "$data" --output "$OUTPUT/$set/{seed}.jsonl" --seed "${seeds[@]}" \
-        --max_length "$MAX_LENGTH" --max_prompt_length "$MAX_PROMPT_LENGTH" --temperature "$TEMPERATURE" \
-        --top_p "$TOP_P" --top_k "$TOP_K" --batch_size "$BATCH_SIZE" --dtype "$DTYPE" ${limit:+--limit "$limit"} "$@"
+    generate --data "$data" --output "$OUTPUT/$set/{seed}.jsonl" --seed "${seeds[@]}" --temperature "$TEMPERATURE" \
+        --top_p "$TOP_P" --top_k "$TOP_K" ${limit:+--limit "$limit"} "$@"
     for seed in "${seeds[@]}"; do
         generations=$OUTPUT/$set/$seed.jsonl
         scores=$OUTPUT/$set/$seed.scores.json

@@ -5,7 +5,7 @@
 #
 # Both of the harness's figures are reported: strict-match wants the answer behind "####", flexible-extract takes the
 # last number of the response (and gives points to chance). Every setting can be given in front of the command, and any
-# further argument of `lm_eval run` behind it. Interrupted, it goes on at the first missing answer (with one process).
+# further argument of `lm_eval run` behind it. Interrupted, it resumes at the first missing answer (with one process).
 # Environment and devices: see common.sh.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" requirements-eval.txt
@@ -27,7 +27,7 @@ TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                   # 1 runs Python code
 if [[ -n $DATA_DIR && ! (-f $DATA_DIR/gsm8k/train.jsonl && -f $DATA_DIR/gsm8k/test.jsonl) ]]; then
     die "DATA_DIR=$DATA_DIR has no gsm8k/train.jsonl and gsm8k/test.jsonl."
 fi
-# Also refuses to go on in a folder that was begun with other settings.
+# Also refuses a folder that was started with other settings.
 run "$PYTHON" "$EVAL_DIR/math_task.py" --folder "$OUTPUT" --model "$MODEL" --dtype "$DTYPE" \
     --num_fewshot "$NUM_FEWSHOT" --max_new_tokens "$MAX_NEW_TOKENS" --batch_size "$BATCH_SIZE" \
     ${LIMIT:+--limit "$LIMIT"} ${DATA_DIR:+--data_dir "$DATA_DIR/gsm8k"} --further_arguments="$*"

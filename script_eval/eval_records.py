@@ -1,10 +1,10 @@
-"""The files of an evaluation: rows that are appended, settings that must agree, results, and tables for people."""
+"""What the evaluation scripts share: files of rows, settings that must agree, results, tables, and arguments."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -12,7 +12,11 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+
+from modeling import files
+from modeling.text import json_files
 
 PACKAGES = ("torch", "transformers", "peft", "rouge-score", "evalplus", "lm-eval")
 ENDS = 1 << 20  # bytes of a weight file's beginning and end that its fingerprint reads
@@ -29,20 +33,14 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             f"{path} could not be written: {error.strerror or error}. Make room, or give another folder, then start "
-            "the same command again: what is there is gone on from."
+            "the same command again: it resumes from what is there."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames: a file that is there is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A file that is there is whole. Raises OSError naming the file."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_whole(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -54,27 +52,14 @@ def read_json(path: Path) -> dict:
 
 
 def read_lines(path: Path, limit: int | None = None) -> list[dict]:
-    """The objects of a JSONL file, at most `limit`. Raises ValueError naming the file and the line."""
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and len(rows) >= limit:
-                break
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
-    return rows
+    """The objects of a JSONL file, at most `limit`. Raises InputError naming the file and the line."""
+    return [row for _, row in islice(json_files.read_json(path), limit)]
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time is inside, for one `path`."""
+def locked(path: Path) -> contextlib.AbstractContextManager[None]:
+    """One process of this machine at a time is inside, for one `path`, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
-        yield
+    return files.locked(path.with_name(f".{path.name}.lock"))
 
 
 class RowFile:
@@ -89,10 +74,7 @@ class RowFile:
     def done(self) -> set[int]:
         """The rows that are there, after dropping a torn last line."""
         with locked(self.path):
-            if not self.path.exists():
-                return set()
-            self._drop_torn_line()
-            return {row["row"] for row in read_lines(self.path)}
+            return {row["row"] for row in read_lines(self.path)} if self._drop_torn_line() else set()
 
     def append(self, rows: Iterable[dict]) -> None:
         """All of the rows, or, where the disk takes no more, none of them."""
@@ -109,42 +91,34 @@ class RowFile:
                 raise
 
     def _drop_torn_line(self) -> int:
-        """Cuts off what stands behind the last line end, and returns the size of the rest."""
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            file.seek(max(0, size - 1))
-            if file.read() in (b"", b"\n"):
-                return size
-        size = self.path.read_bytes().rfind(b"\n") + 1
-        os.truncate(self.path, size)
+        """Cuts off what follows the last line end, and returns the size of the rest; 0 where there is no file."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        size = content.rfind(b"\n") + 1
+        if size < len(content):
+            os.truncate(self.path, size)
         return size
 
     def finish(self, n_rows: int) -> bool:
         """Sorts the file where all `n_rows` are there; returns whether they are."""
+        if len(self.done()) < n_rows:
+            return False
         with locked(self.path):
-            if not self.path.exists():  # of several processes, one without rows of its own ends first
-                return False
             rows = {row["row"]: row for row in read_lines(self.path)}
-            if len(rows) < n_rows:
-                return False
             write_text(self.path, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)))
-            return True
+        return True
 
 
 # --------------------------------------------------------------------------------------- what a result was made with
 
 
 def require_same_settings(path: Path, settings: dict, what: str) -> None:
-    """Writes the settings to `path`; where other ones stand there already, raises ValueError naming the differences."""
+    """Writes the settings to `path`; where it holds others already, raises ValueError naming the differences."""
     with locked(path):
         if not path.exists():
             write_json(path, settings)
-            return
-        earlier = read_json(path)
-    different = differences(earlier, settings)
-    if different:
+    if different := differences(read_json(path), settings):
         raise ValueError(
-            f"{what} was begun with other settings, and is not gone on with:\n"
+            f"{what} was started with other settings, and cannot be resumed with these:\n"
             + "\n".join(f"  {name}: {before!r} then, {now!r} now" for name, before, now in different)
             + "\nGive the earlier settings, or another output folder, or delete the folder."
         )
@@ -193,6 +167,22 @@ def model_fingerprint(model: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded, spelt as in training."""
+    from transformers.hf_argparser import string_to_bool  # here: it loads slowly, and most scripts load no model
+
+    types = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="auto", choices=types, help="auto: the checkpoint's.")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="true: run the Python code that a hub model carries. Default false.",
+    )
+
+
 # ------------------------------------------------------------------------------------------------- numbers and tables
 
 
@@ -206,10 +196,8 @@ def summary(values: dict[str, float]) -> dict:
     }
 
 
-def mean_and_std(entry: dict, digits: int = 2) -> str:
-    if entry.get("std") is None:
-        return f"{entry['mean']:.{digits}f}"
-    return f"{entry['mean']:.{digits}f} ± {entry['std']:.{digits}f}"
+def mean_and_std(entry: dict) -> str:
+    return f"{entry['mean']:.2f}" + ("" if entry["std"] is None else f" ± {entry['std']:.2f}")
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

@@ -11,26 +11,26 @@ is cut to `--max_prompt_length`, and the rest for the response, however short th
 random numbers that depend on the seed, the row and the position alone. So a response does not depend on where a run was
 interrupted or on the number of processes: these change neither the numbers nor which rows are batched together. The
 batch size does change that, and with it the rounding of the logits; where a draw falls close to the border between two
-tokens, the text may then go another way. So may another device, dtype or version of a library.
+tokens, the text may then differ from there on. The same holds for another device, dtype or library version.
 
-An interrupted run, started again, goes on at the first missing row. The settings stand beside the output
-(`.settings.json`); other ones than those it was begun with are refused.
+An interrupted run, started again, resumes at the first missing row. Its settings are kept beside the output
+(`.settings.json`); a run with other settings is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from eval_records import (
     RowFile,
+    add_loading_arguments,
     file_digest,
     model_fingerprint,
     read_lines,
@@ -40,7 +40,6 @@ from eval_records import (
 )
 from tqdm import tqdm
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -48,10 +47,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.hf_argparser import string_to_bool
 
-from modeling import pretrained
-from modeling.arguments import StudentArguments
+from modeling.models.language_model import LanguageModel
 
 BLOCK = 512  # columns of the vocabulary that `draw` sums first
 
@@ -98,7 +95,7 @@ def random_numbers(seed: int, rows: Sequence[int], positions: int) -> torch.Tens
 class RowSampling(LogitsProcessor):
     """Leaves one token a row: the one drawn with the numbers of its row and position.
 
-    It stands last in the list. The search that follows takes the largest logit, so that it is a sample.
+    It is the last in the list. The search that follows takes the largest logit, so that it is a sample.
     """
 
     def __init__(self, numbers: torch.Tensor, prompt_length: int):
@@ -140,11 +137,9 @@ def this_device(use_cpu: bool) -> torch.device:
 
 def load_model(args: argparse.Namespace, device: torch.device):
     """Model and tokenizer, as a training script would load them; an adapter is merged into the model below it."""
-    options = StudentArguments(args.model, trust_remote_code=args.trust_remote_code)
-    pretrained.load_config(args.model, "model", options)  # what is wrong with its files is said first
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    model = pretrained.load_model(args.model, "model", args.dtype, options, len(tokenizer))
-    return model.to(device).eval(), tokenizer
+    source = LanguageModel(args.model, "model", args.trust_remote_code)
+    _ = source.config  # what is wrong with its files is said first
+    return source.load(args.dtype).to(device).eval(), source.tokenizer
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -177,11 +172,9 @@ def prompt_ids(tokenizer, prompt: str, longest: int, cut_right: bool) -> tuple[l
 
 
 def padded_left(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device),
-        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
-    }
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    return {"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad([torch.ones_like(i) for i in ids])}
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -232,48 +225,34 @@ def generate_file(model, tokenizer, args: argparse.Namespace, seed: int, prompts
     file = RowFile(output)
     done = file.done()
     missing = [rows for rows in batches_of(prompts, args.batch_size)[rank::processes] if not done.issuperset(rows)]
-    total = sum(len(set(rows) - done) for rows in missing)
-    started, tokens = time.monotonic(), 0
-    with tqdm(total=total, desc=output.name, unit="row", disable=rank != 0) as progress:
-        for rows in missing:
-            results = generate_batch(model, tokenizer, args, seed, rows, [prompts[row] for row in rows])
-            file.append(result for result in results if result["row"] not in done)
-            tokens += sum(result["tokens"] for result in results)
-            progress.update(len(set(rows) - done))
-            rate = tokens / (time.monotonic() - started)
-            progress.set_postfix_str(f"{rate:.0f} tokens/s" + " a process" * (processes > 1), refresh=False)
+    for rows in tqdm(missing, desc=output.name, unit="batch", disable=rank != 0):
+        results = generate_batch(model, tokenizer, args, seed, rows, [prompts[row] for row in rows])
+        file.append(result for result in results if result["row"] not in done)
     file.finish(len(prompts))
 
 
 def settings_of(args: argparse.Namespace, seed: int) -> dict:
     """Everything that the text depends on, but for the device and the libraries."""
+    left_out = {"output", "use_cpu", "trust_remote_code"}  # where it goes, and how; not what it is
+    if args.greedy:
+        left_out |= {"temperature", "top_p", "top_k"}
     return {
-        "model": args.model,
-        "model_fingerprint": model_fingerprint(args.model),
-        "data": args.data,
-        "data_sha256": file_digest(Path(args.data)),
-        "limit": args.limit,
+        **{name: value for name, value in vars(args).items() if name not in left_out},
         "seed": None if args.greedy else seed,
-        "greedy": args.greedy,
-        **({} if args.greedy else {n: getattr(args, n) for n in ("temperature", "top_p", "top_k")}),
-        "max_length": args.max_length,
-        "max_prompt_length": args.max_prompt_length,
+        "model_fingerprint": model_fingerprint(args.model),
+        "data_sha256": file_digest(Path(args.data)),
         "prompts_cut_on": "right" if args.dskd_compat else "left",
-        "no_repeat_ngram_size": args.no_repeat_ngram_size,
-        "dskd_compat": args.dskd_compat,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
     }
 
 
 def run(args: argparse.Namespace) -> None:
     device = this_device(args.use_cpu)
     rows = read_lines(Path(args.data), args.limit)
-    if any(not isinstance(row.get("prompt"), str) for row in rows):
+    if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
         raise ValueError(f"{args.data}: every row needs a prompt, a string.")
-    outputs = {seed: Path(args.output.replace("{seed}", str(seed))) for seed in args.seed}
     unfinished = {}
-    for seed, output in outputs.items():
+    for seed in args.seed:
+        output = Path(args.output.replace("{seed}", str(seed)))
         require_same_settings(output.with_suffix(".settings.json"), settings_of(args, seed), str(output))
         if len(RowFile(output).done()) < len(rows):
             unfinished[seed] = output
@@ -292,7 +271,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="A folder, a hub name, or the folder of a LoRA adapter.")
     add("--data", required=True, help="JSONL file; each row has a prompt, already in its template.")
-    add("--output", required=True, help="JSONL file of the responses. {seed} in it stands for the seed.")
+    add("--output", required=True, help="JSONL file of the responses. {seed} in it is replaced by the seed.")
     add("--seed", type=int, nargs="+", default=[10], help="One or more; several need {seed} in --output. Default 10.")
     add("--max_length", type=int, default=512, help="Tokens of prompt and response in all. Default 512.")
     add("--max_prompt_length", type=int, help="A longer prompt is cut. By default half of --max_length.")
@@ -307,16 +286,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Two habits of DSKD's evaluation: no 6-gram is repeated, and prompts are cut on the right, not the left.",
     )
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's.")
     add("--use_cpu", action="store_true", help="Leave accelerators alone.")
-    add(
-        "--trust_remote_code",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="true: run the Python code that a hub model carries. Default false.",
-    )
+    add_loading_arguments(parser)
     args = parser.parse_args(argv)
     if args.max_prompt_length is None:
         args.max_prompt_length = args.max_length // 2
@@ -338,5 +309,5 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         run(parse())
-    except (ValueError, OSError, json.JSONDecodeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -9,8 +9,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from modeling.arguments import StudentArguments
-from modeling.pretrained import load_model
+from modeling.models.language_model import LanguageModel
 
 
 @register_model("cdm")
@@ -19,8 +18,7 @@ class LoadedModel(HFLM):
 
     def _create_model(self, pretrained, dtype="auto", trust_remote_code=False, peft=None, **_) -> None:
         path = peft or pretrained
-        options = StudentArguments(path, trust_remote_code=trust_remote_code)
-        self._model = load_model(path, "model", str(dtype), options, len(self.tokenizer)).to(self.device)
+        self._model = LanguageModel(path, "model", trust_remote_code).load(str(dtype)).to(self.device)
 
 
 if __name__ == "__main__":

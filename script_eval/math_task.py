@@ -1,20 +1,19 @@
 """Prepares a folder for `lm_eval`: its GSM8K task with the training template as prompt, and the model's arguments.
 
 The task includes the harness's own, so that answers are extracted and compared exactly as there. With local files it
-points at these. Refuses a folder that was begun with other settings.
+points at these. Refuses a folder that was started with other settings.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import lm_eval.tasks
 from eval_records import file_digest, model_fingerprint, read_json, require_same_settings, write_json
 
-from modeling.examples import alpaca_prompt
+from modeling.text.rows import alpaca_prompt
 
 TASK = "gsm8k_training_template"
 
@@ -43,15 +42,16 @@ def model_arguments(model: str, dtype: str) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="Gets tasks/, model_args.json and settings.json.")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--data_dir", type=Path, help="With train.jsonl and test.jsonl. By default the hub's.")
-    parser.add_argument("--num_fewshot", type=int, required=True)
-    parser.add_argument("--max_new_tokens", type=int, required=True)
-    parser.add_argument("--batch_size", required=True)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--further_arguments", default="", help="What is given to the harness besides.")
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="Gets tasks/, model_args.json and settings.json.")
+    add("--model", required=True)
+    add("--dtype", default="auto")
+    add("--data_dir", type=Path, help="With train.jsonl and test.jsonl. By default the hub's.")
+    add("--num_fewshot", type=int, required=True)
+    add("--max_new_tokens", type=int, required=True)
+    add("--batch_size", required=True)
+    add("--limit", type=int)
+    add("--further_arguments", default="", help="What is given to the harness besides.")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name not in ("folder", "data_dir")}
     settings["model_fingerprint"] = model_fingerprint(args.model)
@@ -63,4 +63,4 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     # JSON is YAML as well.
     write_json(args.folder / "tasks" / f"{TASK}.yaml", task_definition(args.data_dir))
-    (args.folder / "model_args.json").write_text(json.dumps(model_arguments(args.model, args.dtype)))
+    write_json(args.folder / "model_args.json", model_arguments(args.model, args.dtype))

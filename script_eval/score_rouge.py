@@ -12,7 +12,6 @@ part has no ROUGE-L, and does not count in its mean; --rouge_tokenizer unicode r
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import string
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import regex
 from eval_records import read_lines, write_json
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
+from rouge_score.tokenizers import Tokenizer
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -43,12 +42,10 @@ class UnicodeTokenizer(Tokenizer):
         return self.TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-TOKENIZERS = {"rouge_score": DefaultTokenizer(use_stemmer=True), "unicode": UnicodeTokenizer()}
-
-
-@functools.cache
-def _scorer(tokenizer: str) -> RougeScorer:
-    return RougeScorer(["rougeL"], tokenizer=TOKENIZERS[tokenizer])
+SCORERS = {  # by the name of their tokenizer
+    "rouge_score": RougeScorer(["rougeL"], use_stemmer=True),
+    "unicode": RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer()),
+}
 
 
 def references_of(output: str | list[str]) -> list[str]:
@@ -74,7 +71,7 @@ def rouge_l(response: str, output: str | list[str], tokenizer: str = "rouge_scor
     references = references_of(output)
     if not all(is_read(reference, tokenizer) for reference in references):
         return None
-    return 100 * max(_scorer(tokenizer).score(reference, response)["rougeL"].fmeasure for reference in references)
+    return 100 * max(SCORERS[tokenizer].score(reference, response)["rougeL"].fmeasure for reference in references)
 
 
 def normalised(text: str) -> str:
@@ -109,23 +106,20 @@ def not_scored(scores: dict) -> str:
     """What to say of rows without ROUGE-L; "" where there are none."""
     if not scores["without_rouge_l"]:
         return ""
-    what = "there is no letter or digit in a reference"
-    if scores["rouge_tokenizer"] != "unicode":
-        what = (
-            "rouge_score's tokenizer reads a to z and digits alone, and so less than half of a reference. "
-            "--rouge_tokenizer unicode (ROUGE_TOKENIZER=unicode for eval_dolly.sh) reads every script"
-        )
-    return f"{scores['without_rouge_l']} of {scores['count']} rows have no ROUGE-L: {what}."
+    what = f"{scores['without_rouge_l']} of {scores['count']} rows have no ROUGE-L: "
+    if scores["rouge_tokenizer"] == "unicode":
+        return what + "there is no letter or digit in a reference."
+    return what + "rouge_score reads a to z and digits alone. ROUGE_TOKENIZER=unicode reads every script."
 
 
 def score_files(generations: Path, data: Path, limit: int | None = None, tokenizer: str = "rouge_score") -> dict:
     """`score`, and figures about the responses. Raises ValueError where one is missing."""
     rows = read_lines(data, limit)
-    responses = {row["row"]: row for row in read_lines(generations)}
-    missing = [i for i in range(len(rows)) if i not in responses]
+    by_row = {row["row"]: row for row in read_lines(generations)}
+    missing = [i for i in range(len(rows)) if i not in by_row]
     if missing:
         raise ValueError(f"{generations}: {len(missing)} of {len(rows)} rows are missing, the first is {missing[0]}.")
-    responses = [responses[i] for i in range(len(rows))]
+    responses = [by_row[i] for i in range(len(rows))]
     return {
         **score([r["response"] for r in responses], [row["output"] for row in rows], tokenizer),
         "tokens": sum(r["tokens"] for r in responses) / len(rows),  # mean length
@@ -135,18 +129,13 @@ def score_files(generations: Path, data: Path, limit: int | None = None, tokeniz
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="JSONL file with output: a string, or a list of them.")
-    parser.add_argument("--generations", type=Path, required=True, help="What generate.py made of its prompts.")
-    parser.add_argument("--limit", type=int, help="Only the first so many rows.")
-    parser.add_argument(
-        "--rouge_tokenizer",
-        choices=TOKENIZERS,
-        default="rouge_score",
-        help="What makes words of a text: rouge_score's own, with its stemmer, which knows a to z and digits alone; or "
-        "unicode, for every script. Default rouge_score.",
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the scores. By default they are printed.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="JSONL file with output: a string, or a list of them.")
+    add("--generations", type=Path, required=True, help="What generate.py made of its prompts.")
+    add("--limit", type=int, help="Only the first so many rows.")
+    add("--rouge_tokenizer", choices=SCORERS, default="rouge_score", help="unicode reads every script, see above.")
+    add("--output", type=Path, help="JSON file for the scores. By default they are printed.")
     args = parser.parse_args()
     try:
         scores = score_files(args.generations, args.data, args.limit, args.rouge_tokenizer)

@@ -3,8 +3,8 @@
     python script_eval/show_alignment.py --teacher outputs/teacher --student outputs/student \\
         --mapper outputs/em.safetensors --file data/dolly_train.sample.json --row 7 --output page.html
 
-Both tokenisations of the response stand one above the other, group by group: once as dynamic time warping aligns them,
-once exactly, by bytes. Groups that do not cover the same bytes on both sides are marked. Pointing at a group shows both
+The page shows both tokenisations of the response one above the other: once as dynamic time warping aligns them, once
+exactly, by bytes. Groups that do not cover the same bytes on both sides are marked. Pointing at a group shows both
 sides' most probable tokens in it, which pairs the mapper finds between them, and how much of the teacher's probability
 these hold. The page needs nothing but itself, and no network.
 
@@ -20,56 +20,37 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from eval_records import write_text
+from eval_records import add_loading_arguments, write_text
 from transformers import PreTrainedModel
-from transformers.hf_argparser import string_to_bool
 
-from get_vocab_mapper.vocab_mapper import DEFAULT_THRESHOLD, VocabMapper, build_em, exact_matches, load_mapper
-from modeling.alignment import (
-    Groups,
-    aligned_tokens,
-    alignment_counts,
-    byte_groups,
-    concatenate_groups,
-    dtw_groups,
-    entropy,
-    entropy_weights,
-)
-from modeling.arguments import StudentArguments
-from modeling.contextual_mapping import contextual_kl, direction_maps, group_topk, match_pairs
-from modeling.divergences import cross_entropy
-from modeling.examples import Encoder, ResponseCollator, prefix_and_text, prepare_example, read_rows
-from modeling.experiment import longest_input
-from modeling.pretrained import load_config, load_encoder, load_model
+from get_vocab_mapper.builders import build_em, exact_matches
+from get_vocab_mapper.mapper import DEFAULT_THRESHOLD, VocabMapper
+from get_vocab_mapper.mapper_file import load_mapper
+from modeling.losses.alignment import entropy_weights
+from modeling.losses.logits import entropy
+from modeling.losses.mapping import contextual_kl, group_topk, match_pairs
+from modeling.losses.rows import StudentRows
+from modeling.models.language_model import LanguageModel
+from modeling.models.output_head import logits_at
+from modeling.text.alignment import Groups, aligned_tokens, byte_groups, dtw_groups
+from modeling.text.batch import ResponseCollator, Side
+from modeling.text.encoder import Encoder, prepare_example
+from modeling.text.rows import prefix_and_text, read_rows
 
 TEMPLATE = Path(__file__).with_name("alignment_page.html")
 SIDES = ("teacher", "student")
 OTHER = {"teacher": "student", "student": "teacher"}
-COLUMNS = {"teacher": "teacher_", "student": ""}  # how the collator's names of each side begin
+COLUMNS = {"teacher": "teacher_", "student": ""}  # how the columns of each side begin in a prepared example
 SHOWN = 10  # of each side's top tokens
+Sides = dict[str, LanguageModel]  # by these names
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 # ------------------------------------------------------------------------------------------------ models and the text
-
-
-@dataclass
-class Side:
-    """One of the two models; without weights, only its tokenizer."""
-
-    name: str
-    encoder: Encoder
-    longest: int | None = None  # tokens that the model reads
-    model: PreTrainedModel | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.encoder.forms)
 
 
 def has_weights(name: str) -> bool:
@@ -79,47 +60,30 @@ def has_weights(name: str) -> bool:
     return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in patterns)
 
 
-def look_at(flag: str, name: str, with_model: bool, args: argparse.Namespace) -> Side:
-    """A side without its weights, which may take minutes to load. Raises ValueError naming the flag."""
-    options = StudentArguments(name, trust_remote_code=args.trust_remote_code)
-    longest = longest_input(load_config(name, flag, options)) if with_model else None
-    return Side(name, load_encoder(name, flag, options), longest)
-
-
-def load_weights(flag: str, side: Side, args: argparse.Namespace) -> None:
-    options = StudentArguments(side.name, trust_remote_code=args.trust_remote_code)
-    model = load_model(side.name, flag, args.dtype, options, side.n_tokens)
-    side.model = model.to(args.device).eval()
-
-
 def example_of(args: argparse.Namespace) -> tuple[dict, str]:
-    """The row to show, and where it is from. Raises FileNotFoundError, or ValueError naming the file and the row."""
+    """The row to show, and where it is from. Raises ValueError naming the file and the row."""
     if args.text is not None:
         prefix, text = prefix_and_text({"prefix": args.prefix, "text": args.text})
         return {"row": 1, "prefix": prefix, "text": text}, "--text"
-    last = 0
     for row in read_rows(args.file):
-        last = row["row"]
-        if last == args.row:
+        if row["row"] == args.row:
             return row, f"{args.file}, row {args.row}"
-    if last < args.row:
-        raise ValueError(f"{args.file} has {last} rows, --row is {args.row}.")
-    raise ValueError(f"{args.file}: line {args.row} is empty, --row must name another.")
+    raise ValueError(f"{args.file}: there is nothing in row {args.row}. Give --row the number of another.")
 
 
-def prepare(row: dict, source: str, sides: dict[str, Side], block_size: int | None) -> dict:
+def prepare(row: dict, source: str, sides: Sides, block_size: int | None, with_models: bool) -> dict:
     """The columns of `prepare_example`. Raises ValueError where no response is left or a model reads no such length."""
     encoders = [sides["student"].encoder, sides["teacher"].encoder]
-    example = prepare_example(row, encoders, block_size or sys.maxsize)
+    example = prepare_example(row, encoders, sys.maxsize if block_size is None else block_size)
     if example["fault"]:
-        fault = example["fault"] if row.get("fault") or block_size else "no token is left of its text"
+        fault = example["fault"] if row.get("fault") or block_size is not None else "no token is left of its text"
         raise ValueError(f"{source}: {fault}. Training leaves such a row out.")
     for name, side in sides.items():
-        length = len(example[f"{COLUMNS[name]}input_ids"])
-        if side.longest is not None and length > side.longest:
+        length, longest = len(example[f"{COLUMNS[name]}input_ids"]), side.longest_input if with_models else None
+        if longest is not None and length > longest:
             raise ValueError(
-                f"{source}: prompt and text have {length} {name} tokens, and {side.name} reads {side.longest} at most. "
-                f"Give a shorter text, or --block_size {side.longest}, which cuts it as in training."
+                f"{source}: prompt and text have {length} {name} tokens, and {side.path} reads {longest} at most. "
+                f"Give a shorter text, or --block_size {longest}, which cuts it as in training."
             )
     return example
 
@@ -128,67 +92,71 @@ def prepare(row: dict, source: str, sides: dict[str, Side], block_size: int | No
 
 
 @torch.no_grad()
-def predicting_logits(side: Side, side_name: str, batch: dict) -> torch.Tensor:
-    """[R, n_tokens] on the host: the logits that predict the response tokens, in the model's dtype."""
-    column = COLUMNS[side_name]
-    ids, mask = (batch[f"{column}{name}"].to(side.model.device) for name in ("input_ids", "attention_mask"))
-    logits = side.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = logits.flatten(0, 1)[batch[f"{column}positions"].to(logits.device), : side.n_tokens].cpu()
+def predicting_logits(side: LanguageModel, model: PreTrainedModel, tokens: Side) -> torch.Tensor:
+    """[R, V] on the host: the logits that predict the response tokens, in the model's dtype."""
+    inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    logits = logits_at(model, tokens.predictor_rows, side.vocab_size, **inputs).cpu()
     if not logits.isfinite().all():
-        raise ValueError(f"{side.name} gives logits that are not finite in {logits.dtype}. Try --dtype float32.")
+        raise ValueError(f"{side.path} gives logits that are not finite in {logits.dtype}. Try --dtype float32.")
     return logits
 
 
-def page_data(sides: dict[str, Side], mapper: VocabMapper | None, example: dict, topk: int) -> dict:
-    """What the page shows of one prepared example, as JSON values; with a mapper the sides must have their models."""
-    collate = ResponseCollator(sides["student"].encoder, sides["teacher"].encoder, edit_distances=True)
+def page_data(
+    sides: Sides, models: dict[str, PreTrainedModel], mapper: VocabMapper | None, example: dict, topk: int
+) -> dict:
+    """What the page shows of one prepared example, as JSON values; without a mapper no models are needed."""
+    collate = ResponseCollator(sides["student"].encoder, sides["teacher"].encoder, alignment="entropy_dtw")
     batch = collate([example])
-    response = batch["responses"][0]
-    ends = {"teacher": response.teacher_ends, "student": response.ends}
-    ids = {name: example[f"{COLUMNS[name]}input_ids"][-len(ends[name]) :] for name in SIDES}
+    (distances,) = batch.token_distances
+    ends = tuple(getattr(batch, name).byte_ends[0] for name in SIDES)
+    ids = {name: getattr(batch, name).labels for name in SIDES}
     used = {name: set(ids[name].tolist()) for name in SIDES}
     data = {
-        name: {"name": sides[name].name, "ids": ids[name].tolist(), "ends": ends[name].tolist()} for name in SIDES
+        name: {"name": sides[name].path, "ids": ids[name].tolist(), "ends": end.tolist()}
+        for name, end in zip(SIDES, ends)
     }
 
     logits = {}
     weights = {name: np.ones(len(ids[name]), dtype=np.int64) for name in SIDES}
     if mapper is not None:
         for name in SIDES:
-            z = logits[name] = predicting_logits(sides[name], name, batch)
-            h, ce = entropy(z), cross_entropy(z, torch.from_numpy(ids[name]))
+            z = logits[name] = predicting_logits(sides[name], models[name], getattr(batch, name))
+            h, ce = entropy(z), StudentRows(z, ids[name]).ce
             weights[name] = entropy_weights(h, [len(h)]).numpy()
             data[name] |= {
                 "entropy": rounded(h),
                 "weight": weights[name].tolist(),
                 "probability": rounded((-ce).exp()),
-                "bits_per_byte": rounded(ce.sum() / math.log(2) / response.n_bytes),
+                "bits_per_byte": rounded(ce.sum() / math.log(2) / batch.n_bytes[0]),
             }
 
     aligned = {
-        "dtw": dtw_groups(response.distance, response.teacher_index, response.student_index, *weights.values()),
-        "byte": byte_groups(response.teacher_ends, response.ends),
+        "dtw": dtw_groups(distances.table, distances.teacher_index, distances.student_index, *weights.values()),
+        "byte": byte_groups(*ends),
     }
-    for name, (teacher_group, student_group) in aligned.items():
-        groups = concatenate_groups([(teacher_group, student_group)])
-        counts = alignment_counts([(response.teacher_ends, response.ends)], [(teacher_group, student_group)])
-        same = aligned_tokens(response.teacher_ends, response.ends, teacher_group, student_group)
+    for name, pair in aligned.items():
+        groups, n_tokens = Groups.of([ends], [pair]), len(pair[1])
         data[name] = {
-            "teacher_size": groups.teacher_size.tolist(),
-            "student_size": groups.student_size.tolist(),
-            "same_bytes": same[np.unique(student_group, return_index=True)[1]].tolist(),
-            **{count: rounded(n / len(student_group)) for count, n in counts.items()},
+            "teacher_size": groups.teacher.host_size.tolist(),
+            "student_size": groups.student.host_size.tolist(),
+            "same_bytes": aligned_tokens(*ends, *pair)[np.unique(pair[1], return_index=True)[1]].tolist(),
+            "one_to_one": rounded(groups.one_to_one / n_tokens),
+            "aligned": rounded(groups.aligned / n_tokens),
         }
         if mapper is not None:
-            data[name] |= mapping(logits, groups, mapper, [sides[s].encoder.forms for s in SIDES], topk, used)
+            rows = StudentRows(logits["student"], ids["student"])
+            forms = [sides[side].encoder.forms for side in SIDES]
+            data[name] |= mapping(rows, logits, groups, mapper, forms, topk, used)
     data["tokens"] = {
         name: {token: visible_token(sides[name].encoder, token) for token in sorted(used[name])} for name in SIDES
     }
-    data["n_bytes"] = int(response.n_bytes)
+    data["n_bytes"] = int(batch.n_bytes[0])
     return data
 
 
 def mapping(
+    rows: StudentRows,
     logits: dict[str, torch.Tensor],
     groups: Groups,
     mapper: VocabMapper,
@@ -200,18 +168,17 @@ def mapping(
 
     Adds the ids that occur to `used`.
     """
-    maps = dict(zip(SIDES, direction_maps(mapper)))
+    directions = {"teacher": mapper.to_student, "student": mapper.to_teacher}
     exact = dict(zip(SIDES, exact_matches(*forms)))
     k = min(topk, *(z.shape[1] for z in logits.values()))
-    sizes = {"teacher": groups.teacher_size, "student": groups.student_size}
-    top = {name: group_topk(logits[name], sizes[name], k, with_logsumexp=True) for name in SIDES}
+    top = {name: group_topk(logits[name], getattr(groups, name), k, with_logsumexp=True) for name in SIDES}
 
     shown = {}
     for name in SIDES:
         own, other = top[name].ids.numpy(), top[OTHER[name]].ids.numpy()
-        matches = match_pairs(own, other, maps[name], logits[OTHER[name]].shape[1])
+        matches = match_pairs(own, other, directions[name], logits[OTHER[name]].shape[1])
         kinds = np.select(
-            [matches < 0, maps[name].static[own] < 0, matches == exact[name][own]],
+            [matches < 0, directions[name].static[own] < 0, matches == exact[name][own]],
             ["none", "similar", "exact"],
             default="static",
         )
@@ -221,8 +188,7 @@ def mapping(
         used[name].update(own[:, :SHOWN].flatten().tolist())
         used[OTHER[name]].update(u for u in matches[:, :SHOWN].flatten().tolist() if u >= 0)
 
-    cdm = contextual_kl(logits["student"], logits["teacher"], groups, maps["teacher"], maps["student"], topk)
-    per_token = torch.from_numpy(groups.student_size) / groups.student_size.sum()
+    cdm = contextual_kl(rows, logits["teacher"], groups, mapper, topk)
     return {
         "top": shown,
         "group_mapped_rate": rounded(cdm.mapped_rate),
@@ -230,7 +196,7 @@ def mapping(
         "group_kd": rounded(cdm.kd),
         "mapped_rate": rounded(cdm.mapped_rate.mean()),
         "teacher_mass": rounded(cdm.teacher_mass.mean()),
-        "kd_loss": rounded((cdm.kd * per_token).sum()),
+        "kd_loss": rounded((cdm.kd * groups.student.size).sum() / len(rows)),
     }
 
 
@@ -247,7 +213,7 @@ def rounded(values: torch.Tensor | float) -> list | float:
 def visible_token(encoder: Encoder, token: int) -> dict:
     form = encoder.forms.forms[token]
     return {
-        "parts": visible(form) if form else [[f"id {token}", ""]],  # an id that stands for no text
+        "parts": visible(form) if form else [[f"id {token}", ""]],  # an id without text
         "special": bool(encoder.forms.is_special[token]),
     }
 
@@ -273,7 +239,7 @@ def visible(form: bytes) -> list[str | list[str]]:
     return parts
 
 
-def notes(row: dict, example: dict, sides: dict[str, Side], why_no_models: str | None) -> list[str]:
+def notes(row: dict, example: dict, sides: Sides, why_no_models: str | None) -> list[str]:
     """What a reader must know to read the figures right."""
     lines = []
     if why_no_models:
@@ -281,14 +247,14 @@ def notes(row: dict, example: dict, sides: dict[str, Side], why_no_models: str |
     if example["cut"]:
         lines.append("The text is cut to --block_size tokens, and so has no end-of-sequence token.")
     for name, side in sides.items():
-        first = int(example[f"{COLUMNS[name]}input_ids"][-len(example[f"{COLUMNS[name]}ends"])])
-        if not row["prefix"] and example[f"{COLUMNS[name]}ends"][0] > len(side.encoder.forms.forms[first]):
-            lines.append(f"The {name}'s first token is left out: nothing stands before it that could predict it.")
+        first = int(example[f"{COLUMNS[name]}input_ids"][-len(example[f"{COLUMNS[name]}byte_ends"])])
+        if not row["prefix"] and example[f"{COLUMNS[name]}byte_ends"][0] > len(side.encoder.forms.forms[first]):
+            lines.append(f"The {name}'s first token is left out: there is nothing before it that could predict it.")
     return lines
 
 
 def page(data: dict) -> str:
-    """The whole HTML page. No text of the data can end the script element that it stands in."""
+    """The whole HTML page. No text of the data can end the script element that holds it."""
     embedded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     before, after = TEMPLATE.read_text(encoding="utf-8").split("{{DATA}}")
     title = html.escape(f"{data['teacher']['name']} → {data['student']['name']}")
@@ -309,22 +275,20 @@ def run(args: argparse.Namespace) -> None:
 
     # All that can be wrong is found before the weights are loaded.
     row, source = example_of(args)
-    sides = {flag: look_at(flag, name, not why_no_models, args) for flag, name in names.items()}
-    example = prepare(row, source, sides, args.block_size)
+    sides = {flag: LanguageModel(name, flag, args.trust_remote_code) for flag, name in names.items()}
+    example = prepare(row, source, sides, args.block_size, with_models=not why_no_models)
     forms = [side.encoder.forms for side in sides.values()]
-    if why_no_models:
-        mapper, description = None, {}
-    else:
+    mapper, models, description = None, {}, {}
+    if not why_no_models:
         if args.mapper:
             mapper, origin = load_mapper(args.mapper, *forms, args.simi_threshold), args.mapper
         else:
             mapper, origin = build_em(*forms, args.simi_threshold), "built for this page"
         k = min(args.topk, *map(len, forms))
         description = {"mapper": f"{origin} ({mapper.kind}, θ = {mapper.threshold})", "topk": k}
-        for flag, side in sides.items():
-            load_weights(flag, side, args)
+        models = {name: side.load(args.dtype).to(args.device).eval() for name, side in sides.items()}
 
-    data = page_data(sides, mapper, example, args.topk) | description
+    data = page_data(sides, models, mapper, example, args.topk) | description
     data |= {"source": source, "prefix": row["prefix"], "notes": notes(row, example, sides, why_no_models)}
     write_text(args.output, page(data))
     print(f"written: {args.output}")
@@ -352,25 +316,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--block_size", type=int, help="Cut the text to so many tokens, as in training. By default it is not cut.")
     add("--tokenizers_only", action="store_true", help="Show the alignments alone, and load no weights.")
     add("--device", help="Where the models run: cpu, cuda:1, npu:0, … By default the accelerator that torch sees.")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's.")
-    add(
-        "--trust_remote_code",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="true: run the Python code that a hub model carries. Default false.",
-    )
+    add_loading_arguments(parser)
     args = parser.parse_args(argv)
     for wrong, message in (
-        (args.file is not None and args.row is None, "--file needs --row, the number of the row to show"),
-        (args.file is None and args.row is not None, "--row is a row of --file; leave it out with --text"),
+        ((args.file is None) != (args.row is None), "--file and --row, the number of the row to show, go together"),
         (args.file is not None and args.prefix is not None, "--prefix goes with --text; a row of --file has its own"),
         (args.text is not None and not args.text.strip(), "--text is empty, or white space alone"),
-        (args.row is not None and args.row < 1, "--row must be 1 or more"),
         (args.topk < 1, "--topk must be 1 or more"),
         (not 0 < args.simi_threshold <= 1, "--simi_threshold must be above 0, and at most 1"),
-        (args.block_size is not None and args.block_size < 2, "--block_size must be 2 or more"),
         (args.output.is_dir(), f"--output {args.output} is a folder; name a file in it"),
     ):
         if wrong:

@@ -11,7 +11,7 @@ over them. For a single run the deviation is that over the sampling seeds. An ev
 
     python script_eval/summarize.py outputs/sft outputs/cdm --references outputs/teacher outputs/eval_untrained_student
 
-References stand above the methods, and are lines in the bar chart: they are never the best, and may lack figures.
+References are listed above the methods, and are lines in the bar chart: they are never the best, and may lack figures.
 
 What is not comparable is not averaged: runs of a method that were trained or evaluated with other settings, or on other
 numbers of rows. Between methods, a column with unlike settings has no best. Either is said under the table.
@@ -39,7 +39,7 @@ from eval_records import differences, read_json
 FILES = ("results.json", "eval_results.json", "trainer_state.json")
 SEED = re.compile(r"^(?P<method>.*?)[_\-.]?seed[_\-.=]?(?P<seed>\d+)$")
 OWN_TO_A_RUN = ("model", "model_fingerprint", "device", "seed", "sets")  # settings that comparable scores may differ in
-# Of eval_results.json: what every method measures. What else stands there tells its KD from another method's.
+# Of eval_results.json: what every method measures. Whatever else it holds tells its KD from another method's.
 MEASURED_BY_ALL = re.compile(
     r"epoch|eval_(loss|ce_loss|kd_loss|perplexity|bits_per_byte|runtime|\w+_(time|per_second))"
 )
@@ -64,6 +64,7 @@ HELD_OUT = (
     ("bits per byte", "eval_bits_per_byte", "bits per byte of the responses"),
     ("KD", "eval_kd_loss", "nats per response token"),
 )
+COMPARED = "bits per byte"  # the one for which a margin can be given
 LESS_IS_BETTER = tuple(column for column, _, _ in HELD_OUT)
 CURVES = (
     ("loss", "Loss"),
@@ -244,13 +245,21 @@ def digits_of(column: str) -> int:
     return 3 if column in LESS_IS_BETTER else 2
 
 
-def best_of(cells: dict[str, Cell], column: str) -> set[str]:
-    """Of these methods those with the best figure, as it is printed. Nobody is best alone."""
+def best_of(cells: dict[str, Cell], column: str, margin: float = 0.0) -> set[str]:
+    """Those with the best figure, as it is printed, or nearer to it than `margin`. Nobody is best alone."""
     figures = {name: round(cell.mean, digits_of(column)) for name, cell in cells.items() if cell.mean is not None}
     if len(figures) < 2:
         return set()
     best = (min if column in LESS_IS_BETTER else max)(figures.values())
-    return {name for name, figure in figures.items() if figure == best}
+    return {name for name, figure in figures.items() if figure == best or abs(figure - best) < margin}
+
+
+def verdict(best: set[str], margin: float) -> str:
+    """Who is best in bits per byte, or that the margin does not tell; empty where the methods do not compare."""
+    if len(best) > 1:
+        names = " and ".join(sorted(best))
+        return f"\n{names} differ by less than {margin} bits per byte: a comparison of this size shows no difference.\n"
+    return f"\n{next(iter(best))} is the best by {margin} bits per byte or more.\n" if best else ""
 
 
 @dataclass
@@ -270,7 +279,7 @@ class Table:
         return {method: runs for method, runs in self.methods.items() if not runs[0].reference}
 
 
-def make_table(runs: Sequence[Run]) -> Table:
+def make_table(runs: Sequence[Run], margin: float = 0.0) -> Table:
     methods, columns = by_method(runs), columns_of(runs)
     table = Table(methods, columns, {}, {}, list(missing_seeds(methods)))
     said: dict[str, list[str]] = {}  # message → the columns that it is about
@@ -285,7 +294,7 @@ def make_table(runs: Sequence[Run]) -> Table:
             messages.append(f"the methods are not comparable, they differ in {reason}.")
         table.cells[column] = cells
         competing = {method: cell for method, cell in cells.items() if method not in table.references}
-        table.best[column] = set() if reason else best_of(competing, column)
+        table.best[column] = set() if reason else best_of(competing, column, margin if column == COMPARED else 0.0)
         for message in messages:
             said.setdefault(message, []).append(column)
     table.messages += [f"{', '.join(of_columns)}: {message}" for message, of_columns in said.items()]
@@ -368,6 +377,7 @@ def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path
     """A panel for each logged figure, a line for each method; False where nothing was logged.
 
     Of several runs of a method the line is the mean, over the steps that all of them logged; each is a thin one beside.
+    Dots are the held-out rows, where a training evaluates them on its way.
     """
     runs = [run for of_method in methods.values() for run in of_method]
     panels = [(key, title) for key, title in CURVES if any(key in entry for run in runs for entry in run.log)]
@@ -388,6 +398,9 @@ def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path
                 means = [statistics.fmean(values[step] for values in logged) for step in steps]
                 (line,) = axis.plot(steps, means, linewidth=2, marker="o" if len(steps) < 3 else None, **style)
                 handles.setdefault(method, line)
+            for run in of_method:
+                if held_out := {e["step"]: e[f"eval_{key}"] for e in run.log if f"eval_{key}" in e}:
+                    axis.plot(held_out.keys(), held_out.values(), "o", markersize=4, color=style["color"])
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         if key == "mapped_rate":
@@ -476,15 +489,19 @@ def legend_below(figure, handles: dict) -> None:
 
 
 def summarise(
-    given: Sequence[Path], output: Path, say: Callable[[str], None] = print, references: Sequence[Path] = ()
+    given: Sequence[Path],
+    output: Path,
+    say: Callable[[str], None] = print,
+    references: Sequence[Path] = (),
+    margin: float = 0.0,
 ) -> Table:
     runs, messages = find_runs(given, references)
     if not runs:
         raise ValueError("there is nothing to summarise: " + " ".join(messages))
-    table = make_table(runs)
+    table = make_table(runs, margin)
     table.messages[:0] = messages
     output.mkdir(parents=True, exist_ok=True)
-    text = markdown(table)
+    text = markdown(table) + (verdict(table.best.get(COMPARED, set()), margin) if margin else "")
     (output / "table.md").write_text(text, encoding="utf-8")
     write_csv(runs, table.columns, output / "table.csv")
     look = styles(list(table.competing))
@@ -503,8 +520,9 @@ if __name__ == "__main__":
         "--references", type=Path, nargs="+", default=[], help="Runs to hold the others against, such as the teacher."
     )
     parser.add_argument("--output", type=Path, default=Path("summary"), help="Folder for the table and the pictures.")
+    parser.add_argument("--margin", type=float, default=0.0, help="Bits per byte that the best must be ahead by.")
     args = parser.parse_args()
     try:
-        summarise(args.folders, args.output, references=args.references)
+        summarise(args.folders, args.output, references=args.references, margin=args.margin)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
 """The page of script_eval/show_alignment.py in a headless Chromium: what stands on it, and what pointing at it shows.
 
-The README's picture is made anew, from the models of a finished quickstart, with
+The picture in script_eval/README.md is made anew, from the models of a finished quickstart, with
 
     CDM_QUICKSTART=outputs/quickstart bash tests/run_tests.sh tests/end_to_end/test_alignment_page.py -k picture
 
@@ -26,8 +26,9 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from get_vocab_mapper.builders import build_em
+from get_vocab_mapper.mapper_file import read_mapper, save_mapper
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import VocabMapper, build_em
 from tests.end_to_end.rig import ROOT, real_llama
 from tests.reference import cdm_oracle
 
@@ -112,15 +113,15 @@ def pair(tmp_path_factory) -> SimpleNamespace:
     forms = {side: token_forms(tokenizer) for side, tokenizer in tokenizers.items()}
     em = build_em(forms["teacher"], forms["student"], progress=False)
 
-    lone = np.flatnonzero((em.teacher_to_student < 0) & (np.diff(em.similar_to_student.indptr) == 0))
+    lone = np.flatnonzero((em.to_student.static < 0) & (np.diff(em.to_student.indptr) == 0))
     static, none = lone[~forms["teacher"].is_special[lone]][[10, 20]]
-    similar = int(np.flatnonzero(np.diff(em.similar_to_student.indptr))[50])
-    its_similar = int(em.similar_to_student.row(similar)[0][0])
-    stands_for_it = int(np.flatnonzero(em.student_to_teacher < 0)[300])
-    to_student = em.teacher_to_student.copy()
-    to_student[static] = stands_for_it
-    mapper = dataclasses.replace(em, kind="mined", teacher_to_student=to_student)
-    mapper.save(folder / "mapper.safetensors")
+    similar = int(np.flatnonzero(np.diff(em.to_student.indptr))[50])
+    its_similar = int(em.to_student.row(similar)[0][0])
+    stands_for_it = int(np.flatnonzero(em.to_teacher.static < 0)[300])
+    static_map = em.to_student.static.copy()
+    static_map[static] = stands_for_it
+    mapper = dataclasses.replace(em, kind="mined", to_student=dataclasses.replace(em.to_student, static=static_map))
+    save_mapper(mapper, folder / "mapper.safetensors")
 
     ids, starts = {}, {}
     for side, tokenizer in tokenizers.items():
@@ -184,7 +185,7 @@ def truth(pair) -> SimpleNamespace:
     same = {name: [covered("teacher", i) == covered("student", j) for i, j in pairs] for name, pairs in groups.items()}
     return SimpleNamespace(
         tokens=tokens, logits=logits, entropies=entropies, weights=weights, said=said, groups=groups, same=same,
-        ends=ends, n_bytes=n_bytes, mapper=VocabMapper.load(pair.mapper),
+        ends=ends, n_bytes=n_bytes, mapper=read_mapper(pair.mapper),
     )  # fmt: skip
 
 
@@ -195,21 +196,18 @@ def mapped(pair, truth, group: tuple[list[int], list[int]], k: int = 100) -> Sim
     top = {side: z[side].topk(k).indices.tolist() for side in SIDES}
     assert all(len(set(z[side][top[side]].tolist())) == k for side in SIDES)  # no equal logits, whose order is a choice
     candidates, divergence = {}, 0.0
-    for side, other, static, table in (
-        ("teacher", "student", mapper.teacher_to_student, mapper.similar_to_student),
-        ("student", "teacher", mapper.student_to_teacher, mapper.similar_to_teacher),
-    ):
+    for side, other, direction in zip(SIDES, reversed(SIDES), (mapper.to_student, mapper.to_teacher)):
         probabilities = z[side].softmax(-1)
         candidates[side] = []
         for token in top[side]:
-            match, kind = int(static[token]), "static"
+            match, kind = int(direction.static[token]), "static"
             if match >= 0:
                 own, others = pair.forms[side], pair.forms[other]
                 same_role = any(own.roles.get(r) == token and others.roles.get(r) == match for r in own.roles)
                 if same_role or own.forms[token] == others.forms[match]:
                     kind = "exact"
             else:
-                near = dict(zip(*(part.tolist() for part in table.row(token))))
+                near = dict(zip(*(part.tolist() for part in direction.row(token))))
                 match = min((o for o in top[other] if o in near), key=near.__getitem__, default=None)
                 kind = "none" if match is None else "similar"
             candidates[side].append((token, probabilities[token].item(), match, kind))
@@ -435,7 +433,7 @@ def test_the_picture_of_the_readme(browser, request, tmp_path):
         assert made.size == committed.size == (1200, 820)
         assert np.asarray(made.convert("L")).std() > 15  # not blank
     assert PICTURE.stat().st_size < 200_000
-    assert f"({PICTURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(../{PICTURE.relative_to(ROOT)})" in (ROOT / "script_eval/README.md").read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- other ways to call

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling.examples import alpaca_prompt
+from modeling.text.rows import alpaca_prompt
 from tests.end_to_end.rig import ROOT, environment, flags, launcher, run_script, tiny_llama
 from tests.unit.tokenizer_zoo import load_real, real_dir
 

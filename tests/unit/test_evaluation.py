@@ -1,4 +1,4 @@
-"""The Python of script_eval: drawing, prompts, files that are gone on with, scores, and the summary of runs."""
+"""The Python of script_eval: drawing, prompts, files that are resumed, scores, and the summary of runs."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from modeling.examples import alpaca_prompt
+from modeling.text.rows import alpaca_prompt
 from tests.unit.tokenizer_zoo import byte_level_bpe, load_real, real_dir, sentencepiece_bpe
 
 # Its scripts import each other as scripts do: from their own folder.
@@ -171,7 +171,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     path = tmp_path / "a.settings.json"
     eval_records.require_same_settings(path, {"seed": 10, "top_p": 1.0}, "a.jsonl")
     eval_records.require_same_settings(path, {"seed": 10, "top_p": 1.0}, "a.jsonl")
-    with pytest.raises(ValueError, match=r"a\.jsonl was begun with other settings.*\n  top_p: 1\.0 then, 0\.9 now"):
+    with pytest.raises(ValueError, match=r"a\.jsonl was started with other settings.*\n  top_p: 1\.0 then, 0\.9 now"):
         eval_records.require_same_settings(path, {"seed": 10, "top_p": 0.9}, "a.jsonl")
 
 
@@ -481,18 +481,32 @@ def test_references_stand_apart(tmp_path):
     assert list(table.competing) == ["cdm", "sft"]
 
 
+@pytest.mark.parametrize(
+    ("margin", "best", "words"),
+    [(0.05, "cdm sft", "cdm and sft differ by less than 0.05"), (0.01, "cdm", "cdm is the best by 0.01")],
+)
+def test_who_is_ahead_by_less_than_the_margin_does_not_win(tmp_path, margin, best, words):
+    for method, bits in (("sft", 0.83), ("uld", 0.90), ("cdm", 0.80)):
+        make_run(tmp_path / method, 20.0, bits)
+    printed: list[str] = []
+    table = summarize.summarise([tmp_path], tmp_path / "summary", printed.append, margin=margin)
+    assert table.best["bits per byte"] == set(best.split()) and words in printed[0]
+    assert "differ by" not in summarised(tmp_path, tmp_path)
+
+
 def test_a_methods_curve_is_the_mean_over_its_seeds(tmp_path, monkeypatch):
     for seed, losses in ((1, {5: 4.0, 10: 3.0, 15: 2.5}), (2, {5: 2.0, 10: 2.0})):
         make_run(tmp_path / "runs/cdm" / f"seed_{seed}", 20.0, 0.9)
         state = tmp_path / "runs/cdm" / f"seed_{seed}" / "trainer_state.json"
         log = [{"step": step, "loss": loss} for step, loss in losses.items()]
+        log += [{"step": 10, "eval_loss": 2.75}] if seed == 1 else []  # the held-out rows: a dot
         eval_records.write_json(state, {**eval_records.read_json(state), "log_history": log})
     figures = []
     monkeypatch.setattr(summarize.plt, "close", figures.append)
     summarised(tmp_path, tmp_path / "runs")
     (axis,) = figures[0].axes
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
-    assert drawn == [([5, 10, 15], [4.0, 3.0, 2.5]), ([5, 10], [2.0, 2.0]), ([5, 10], [3.0, 2.5])]
+    assert drawn == [([5, 10, 15], [4.0, 3.0, 2.5]), ([5, 10], [2.0, 2.0]), ([5, 10], [3.0, 2.5]), ([10], [2.75])]
     assert axis.lines[2].get_linewidth() > axis.lines[0].get_linewidth()
 
 
@@ -523,9 +537,12 @@ def test_a_set_of_another_name_has_its_own_column(tmp_path):
 def test_the_settings_hold_every_argument_that_changes_the_text(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"prompt": "a"}\n')
-    args = generate.parse(["--model", "m", "--data", str(data), "--output", "o"])
+    flags = ["--model", "m", "--data", str(data), "--output", "o"]
+    args = generate.parse(flags)
     settings = generate.settings_of(args, 10)
     places = {"output", "use_cpu", "trust_remote_code"}  # where it goes, and how; not what it is
-    assert set(vars(args)) - places <= set(settings)
+    assert set(vars(args)) - places <= set(settings) and settings["seed"] == 10
+    greedy = generate.settings_of(generate.parse([*flags, "--greedy"]), 10)
+    assert set(settings) - set(greedy) == {"temperature", "top_p", "top_k"} and greedy["seed"] is None
     assert json.loads(json.dumps(settings)) == settings
     assert isinstance(args, argparse.Namespace)

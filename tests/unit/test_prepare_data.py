@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling.examples import alpaca_prompt, read_rows
+from modeling.text.rows import alpaca_prompt, read_rows
 
 SCRIPT = Path(__file__).parents[2] / "data" / "prepare_data.py"
 spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
@@ -47,7 +47,7 @@ def error_of(*arguments):
     with pytest.raises(SystemExit) as exit_info, contextlib.redirect_stderr(io.StringIO()) as stderr:
         prepare_data.main([str(argument) for argument in arguments])
     assert exit_info.value.code == 2
-    assert stderr.getvalue().startswith("prepare_data.py: error: ")
+    assert "error: " in stderr.getvalue()
     return stderr.getvalue()
 
 
@@ -248,7 +248,7 @@ def test_source_and_output_formats(tmp_path, name, output_name):
     assert load(output) == [{"prefix": alpaca_prompt(row["question"]), "text": row["answer"]} for row in rows]
     assert "日本" in output.read_text(encoding="utf-8")
     assert [row["text"] for row in read_rows(output)] == [row["answer"] for row in rows]
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / name, output}
 
 
 def test_a_folder_is_read_with_datasets(tmp_path, monkeypatch):
@@ -326,9 +326,9 @@ def test_rows_that_say_more_than_is_read_are_left_out(tmp_path, capsys):
         ('{"question": "q", "answer": 3}', "row 1: column 'answer' holds int, not a string"),
         ('["q", "a"]', "row 1: a JSON str, not an object"),
         ('[{"question": "q",', "line 1: not valid JSON"),
-        ("\n\n", "no rows"),
-        ("[]", "no rows"),
-        ('{"question": "q", "answer": ""}', "none of its 1 rows is left (empty response: 1)"),
+        ("\n\n", "none of its 0 rows is left"),
+        ("[]", "none of its 0 rows is left"),
+        ('{"question": "q", "answer": ""}', "none of its 1 rows is left"),
     ],
 )
 def test_errors_name_file_row_and_trouble(tmp_path, content, expected):
@@ -342,17 +342,18 @@ def test_errors_name_file_row_and_trouble(tmp_path, content, expected):
 def test_errors_about_files(tmp_path):
     source = write_lines(tmp_path / "s.jsonl", [{"question": "q", "answer": "a"}])
     output = tmp_path / "out.json"
-    assert "no such file" in error_of("gsm8k", "--source", tmp_path / "nope.jsonl", "--output", output)
-    assert "no such file" in error_of("gsm8k", "--source", "user/nope.jsonl", "--output", output)
-    assert ".parquet" in error_of("gsm8k", "--source", SCRIPT, "--output", output)
+    for missing in (tmp_path / "nope.jsonl", "user/nope.jsonl"):
+        message = error_of("gsm8k", "--source", missing, "--output", output)
+        assert f"error: {missing}: it cannot be read" in message and "give a local file as --source" in message
+    assert "line 1: not valid JSON" in error_of("gsm8k", "--source", SCRIPT, "--output", output)
     assert ".json or .jsonl" in error_of("gsm8k", "--source", source, "--output", tmp_path / "out.txt")
     assert "name of its own" in error_of("gsm8k", "--source", source, "--output", source)
     assert "needs --validation_output" in error_of(
         "gsm8k", "--source", source, "--output", output, "--validation_size", 1
     )
-    assert "leaves nothing to train on" in error_of(
-        "gsm8k", "--source", source, "--output", output, "--validation_output", tmp_path / "v.json"
-    )
+    split = ["--validation_output", tmp_path / "v.json", "--validation_size"]
+    for size in (0, 1):
+        assert f"--validation_size {size}: " in error_of("gsm8k", "--source", source, "--output", output, *split, size)
     bad = tmp_path / "bad.json.gz"
     bad.write_bytes(b"not gzip")
     assert "not a complete gzip file" in error_of("gsm8k", "--source", bad, "--output", output)
@@ -361,7 +362,7 @@ def test_errors_about_files(tmp_path):
     assert "not UTF-8" in error_of("gsm8k", "--source", bad, "--output", output)
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(b"not parquet")
-    assert "not a valid Parquet file" in error_of("gsm8k", "--source", bad, "--output", output)
+    assert f"{bad}: it cannot be read" in error_of("gsm8k", "--source", bad, "--output", output)
 
 
 def test_errors_about_columns_and_excluded_files(tmp_path):
@@ -370,7 +371,8 @@ def test_errors_about_columns_and_excluded_files(tmp_path):
     message = error_of("code", "--source", odd, "--output", output)
     assert "row 1" in message and "['python', 'task']" in message and "--instruction_column" in message
     assert "go together" in error_of("code", "--source", odd, "--output", output, "--input_column", "task")
-    assert "task_id" in error_of("code", "--source", odd, "--output", output, "--format", "mbpp")
+    mbpp = write_lines(tmp_path / "mbpp.jsonl", [{"text": "i", "code": "r", "test_list": "t"}])
+    assert "task_id" in error_of("code", "--source", mbpp, "--output", output)
     dolly = write_lines(tmp_path / "dolly.jsonl", [dolly_row("a", "b")])
     message = error_of("dolly", "--source", dolly, "--output", output, "--exclude", odd)
     assert f"{odd}, row 1" in message
@@ -381,7 +383,8 @@ def test_errors_about_columns_and_excluded_files(tmp_path):
 def test_an_unreachable_hub_asks_for_a_local_file(tmp_path):
     result = run_script("gsm8k", "--output", tmp_path / "out.json", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert result.returncode == 2
-    assert "openai/gsm8k: can't load split 'train', configuration 'main'" in result.stderr
+    assert "error: openai/gsm8k: it cannot be read" in result.stderr
+    assert "--split train and --config main" in result.stderr
     assert "give a local file as --source" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling.examples import read_rows
+from modeling.text.rows import read_rows
 
 DATA = Path(__file__).parents[2] / "data"
 SAMPLES = ("dolly_train", "code_tuning", "math_tuning")

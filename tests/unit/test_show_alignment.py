@@ -150,17 +150,15 @@ def test_a_row_of_a_training_file(show, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--file F", "--file needs --row"),
-        ("--text a --row 1", "--row is a row of --file"),
+        ("--file F", "--file and --row"),
+        ("--text a --row 1", "--file and --row"),
         ("--file F --row 1 --prefix p", "--prefix goes with --text"),
-        ("--file F --row 0", "--row must be 1 or more"),
         ("--text a --file F", "not allowed with"),
         ("", "one of the arguments --text --file is required"),
         ("--text=", "--text is empty"),
         ("--text=\n", "--text is empty, or white space alone"),
         ("--text a --topk 0", "--topk must be 1 or more"),
         ("--text a --simi_threshold 0", "--simi_threshold must be above 0"),
-        ("--text a --block_size 1", "--block_size must be 2 or more"),
         ("--text a --device nosuch", "--device nosuch: "),
         ("--text a --output .", "--output . is a folder"),
     ],
@@ -176,8 +174,9 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     ("content", "row", "message"),
     [
         (None, 1, r"rows\.jsonl: no such file"),
-        ('{"prefix": "a", "text": "b"}\n' * 2, 3, r"rows\.jsonl has 2 rows, --row is 3\."),
-        ('{"prefix": "a", "text": "b"}\n\n{"prefix": "a", "text": "b"}\n', 2, r"rows\.jsonl: line 2 is empty"),
+        ('{"prefix": "a", "text": "b"}\n' * 2, 3, r"rows\.jsonl: there is nothing in row 3\. Give --row"),
+        ('{"prefix": "a", "text": "b"}\n', 0, r"rows\.jsonl: there is nothing in row 0\."),
+        ('{"prefix": "a", "text": "b"}\n\n{"prefix": "a", "text": "b"}\n', 2, "there is nothing in row 2"),
         ('{"prefix": "a"}\n', 1, r"rows\.jsonl, row 1: .*prefix \+ text"),
         ('{"prefix": "a", "text": ""}\n', 1, r"rows\.jsonl, row 1: the text to learn is empty.*Training leaves"),
     ],
@@ -196,6 +195,8 @@ def test_a_row_that_cannot_be_shown(show, tmp_path, content, row, message):
 def test_a_prompt_that_fills_the_block(show):
     with pytest.raises(ValueError, match=r"--text: the prefix fills --block_size 8"):
         show("--text", "dog", "--prefix", SAMPLE_TEXTS[0], "--block_size", 8)
+    with pytest.raises(ValueError, match=r"--text: the prefix fills --block_size 0"):
+        show("--text", "dog", "--block_size", 0)
 
 
 def test_a_mapper_needs_models(show, names):
@@ -218,16 +219,20 @@ def test_a_folder_with_weights_is_told_from_one_with_a_tokenizer(tmp_path, file,
 
 
 def test_logits_that_are_not_finite_are_refused():
-    class Broken:
+    class Broken(torch.nn.Module):
         device = torch.device("cpu")
 
-        def __call__(self, input_ids, attention_mask, use_cache):
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, input_ids, attention_mask, use_cache):
             return SimpleNamespace(logits=torch.full((*input_ids.shape, 8), torch.nan, dtype=torch.float16))
 
-    side = show_alignment.Side("outputs/broken", SimpleNamespace(forms=range(8)), model=Broken())
-    batch = {name: torch.ones(1, 3, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    side = SimpleNamespace(path="outputs/broken", vocab_size=8)
+    tokens = {name: torch.ones(1, 3, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    tokens = SimpleNamespace(**tokens, predictor_rows=torch.tensor([1]))
     with pytest.raises(ValueError, match=r"outputs/broken gives logits that are not finite in torch\.float16\. Try"):
-        show_alignment.predicting_logits(side, "student", batch | {"positions": torch.tensor([1])})
+        show_alignment.predicting_logits(side, Broken(), tokens)
 
 
 def test_a_user_sees_one_line(names, tmp_path, monkeypatch):
