@@ -1,9 +1,28 @@
-"""One thread a process: several run tests beside each other, and a fork does not survive OpenMP's threads."""
+"""One thread a process: several run tests beside each other, and a fork does not survive OpenMP's threads.
+
+Also the mark `quick`, which no test carries by hand.
+"""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Unit tests that take long, or real vocabularies: the rigs, brute force over whole vocabularies, scripts in processes.
+SLOW = ("test_rigs", "test_vocab_mapper", "test_pair_mapper", "test_evaluation", "test_readme", "test_show_alignment")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "unit" in item.path.parts and item.path.stem not in SLOW:
+            item.add_marker("quick")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.option.markexpr == "quick":
+        terminalreporter.write_line(f"Left out: tests/end_to_end, and of tests/unit {', '.join(SLOW)}.")

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling.examples import alpaca_prompt
+from modeling.text.rows import alpaca_prompt
 from tests.unit.tokenizer_zoo import load_real, real_dir
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,9 @@ def launcher(ranks: int = 1, deepspeed: bool = False) -> list[str]:
 
 
 def flags(**arguments) -> list[str]:
-    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    """A command line; None leaves a flag out."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def run_script(script: str, *arguments: str, launch: list[str] | None = None, fails: bool = False, **env: str):

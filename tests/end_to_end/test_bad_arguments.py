@@ -23,8 +23,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from get_vocab_mapper.builders import BUILDERS
+from get_vocab_mapper.mapper_file import FORMAT_VERSION, save_mapper
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import FORMAT_VERSION, build_em, build_mined
 from modeling import (
     run_clm_distill_CDM,
     run_clm_llms_fkd,
@@ -33,7 +34,7 @@ from modeling import (
     run_clm_sft,
     run_clm_uld,
 )
-from modeling.experiment import longest_input
+from modeling.models.language_model import LanguageModel
 from tests.end_to_end.rig import flags, launcher, run_script, steps, tiny_llama
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
@@ -65,8 +66,8 @@ def rig(tmp_path_factory):
     forms = [token_forms(tokenizer) for tokenizer in (teacher, student)]
     for side, name in zip(forms, ("teacher", "student")):
         object.__setattr__(side, "name", str(folder / name))
-    build_em(*forms, progress=False).save(paths.em)
-    build_mined(*forms, progress=False).save(paths.mined)
+    for kind in ("em", "mined"):
+        save_mapper(BUILDERS[kind](*forms, progress=False), folder / f"{kind}.safetensors")
     texts = [text for text in SAMPLE_TEXTS if POISON not in text]
     rows = [{"prefix": f"Say {i}: ", "text": text} for i, text in enumerate(texts[:5], 1)]
     rows[POISON_ROW - 1]["prefix"] = f"Say it in {POISON}: "
@@ -98,8 +99,7 @@ def call(rig, monkeypatch, capsys, tmp_path):
             arguments["teacher_path"] = rig.same if method in ("FKD", "RKD") else rig.teacher
         if method in ("CDM", "MinED"):
             arguments["teacher_to_student_id_mapping"] = rig.em if method == "CDM" else rig.mined
-        given = {name: value for name, value in {**arguments, **changes}.items() if value is not None}
-        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**given), *words])
+        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**{**arguments, **changes}), *words])
         capsys.readouterr()
         status = 0
         try:
@@ -159,7 +159,7 @@ class TestMappers:
         for part in (f"'{rig.teacher}' (", f"'{rig.student}' (", f"the teacher is '{rig.same}' ("):
             assert part in message
         message = self.refuse(refused, method, path, teacher_path=rig.student, model_name_or_path=rig.teacher)
-        assert "was built for student→teacher" in message and "have changed places here" in message
+        assert "have changed places here. Exchange the two models" in message
 
     def test_truncated_and_corrupted(self, rig, refused, method, tmp_path):
         path = tmp_path / "damaged.safetensors"
@@ -183,8 +183,8 @@ class TestMappers:
         path = tmp_path / "published.json"
         for content, part in (
             ('{"0": 1, "0": 2}', "the key '0' stands there 2 times"),
-            ('{"0": 100000}', "'0': 100000 is outside the vocabularies of"),
-            ('{"0": -7}', "'0': -7 is outside the vocabularies of"),
+            ('{"0": 100000}', "'0': 100000 is no pair of ids"),
+            ('{"0": -7}', "'0': -7 is no pair of ids"),
             ('{"0": 1.5}', "'0': 1.5 is no pair of ids"),
             ("[1]", "holds a JSON list"),
             ('{"0": 0}', "maps no token of"),
@@ -208,7 +208,23 @@ def test_a_threshold_above_the_mappers(rig, refused):
 
 def test_mined_wants_its_own_kind(rig, refused):
     message = refused("MinED", teacher_to_student_id_mapping=rig.em)
-    assert f"{rig.em} is a mapper of the kind 'em', and MinED needs one of the kind 'mined'. Build it: pyth" in message
+    for part in (f"{rig.em} is of the kind 'em'", "'mined'", "get_vocab_mapper/get_MinED_mapper.py"):
+        assert part in message
+
+
+@pytest.mark.parametrize("method", ["FKD", "RKD"])
+def test_different_tokenizers(rig, refused, method):
+    message = refused(method, teacher_path=rig.teacher)
+    for part in (
+        *(f"--teacher_path {rig.teacher}", str(rig.student), "id 0 is '<|endoftext|>' in the student's and '<unk>' in"),
+        *("run_clm_distill_CDM.py", "run_clm_MinED.py", "run_clm_uld.py"),
+    ):
+        assert part in message
+
+
+def test_a_second_teacher_with_another_tokenizer(rig, refused):
+    message = refused("CDM", same_tokenizer_teacher_path=rig.teacher)
+    assert message.startswith(f"--same_tokenizer_teacher_path {rig.teacher}: ") and "are not the same" in message
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -333,7 +349,9 @@ def test_how_many_tokens_models_were_made_for():
         (LlamaConfig(max_position_embeddings=4096, rope_parameters=linear), 8192),
         (BloomConfig(), None),
     ):
-        assert longest_input(config) == longest
+        model = LanguageModel("a model", "model_name_or_path")
+        vars(model)["config"] = config  # as if it had been read
+        assert model.longest_input == longest
 
 
 def test_more_frozen_layers_than_there_are(call):
@@ -402,7 +420,7 @@ def test_a_nan_in_evaluation(rig, call, tmp_path):
 
 
 DEFERRED = """
-from modeling.finite_check import FiniteCheck
+from modeling.training.finite_check import FiniteCheck
 from modeling.run_clm_sft import main
 
 start = FiniteCheck.__init__

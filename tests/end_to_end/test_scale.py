@@ -14,13 +14,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from get_vocab_mapper.builders import build_em
+from get_vocab_mapper.mapper_file import load_mapper, save_mapper
 from get_vocab_mapper.token_forms import TokenForms
-from get_vocab_mapper.vocab_mapper import SimilarTokens, VocabMapper, build_em, load_mapper
 from modeling import run_clm_distill_CDM, run_clm_llms_fkd, run_clm_llms_rkd, run_clm_MinED, run_clm_uld
-from modeling.alignment import byte_groups, concatenate_groups
-from modeling.contextual_mapping import contextual_kl, direction_maps
-from modeling.examples import Encoder, read_rows
-from modeling.experiment import load_examples
+from modeling.losses.mapping import contextual_kl
+from modeling.losses.rows import StudentRows
+from modeling.text.alignment import Groups, byte_groups
+from modeling.text.encoder import Encoder
+from modeling.text.rows import read_rows
+from modeling.training.datasets import load_examples
 from tests.end_to_end.rig import ROOT, flags, in_a_fork, steps
 from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
 
@@ -32,18 +35,13 @@ MIB = 2**20
 def write_rows(path: Path, n: int, length: int) -> Path:
     """n rows, their texts of about so many characters."""
     rows = ({"prefix": f"Row {i}.\n", "text": f"It is {i + 1}. " * (length // 12)} for i in range(n))
-    lines = (json.dumps(row) for row in rows)
-    if path.suffix == ".json":
-        path.write_text("[" + ",\n".join(lines) + "]")
-    else:
-        path.write_text("\n".join(lines))
+    path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_a_file_is_read_row_by_row(tmp_path, name):
-    """A JSON array, too: of 16 MiB of rows no more than a few blocks are in memory."""
-    path = write_rows(tmp_path / name, 3_000, 6_000)
+def test_a_file_is_read_row_by_row(tmp_path):
+    """Of 16 MiB of rows no more than a few blocks are in memory."""
+    path = write_rows(tmp_path / "rows.jsonl", 3_000, 6_000)
     assert path.stat().st_size > 16 * MIB
     tracemalloc.start()
     n = sum(row["text"].startswith(f"It is {row['row']}. ") for row in read_rows(path))
@@ -75,7 +73,7 @@ def test_dataset_preparation_takes_no_more_memory_for_more_rows(tmp_path, monkey
     for n in (1_100, 2_000, 10_000):  # the first one for what is allocated once
         peaks.append(0)
         examples = load_examples(
-            "train_file", str(write_rows(tmp_path / f"{n}.json", n, 250)), None, options, training, [encoder]
+            "train_file", str(write_rows(tmp_path / f"{n}.jsonl", n, 250)), None, options, training, [encoder]
         )
         assert len(examples) == n
         peaks[-1] = max(peaks[-1], own_memory())
@@ -175,17 +173,18 @@ def test_a_mapper_of_262144_tokens_and_a_loss_with_it(tmp_path):
     mapper = build_em(teacher, student, threshold=0.0, progress=False)
     expected = np.arange(LARGE, dtype=np.int32)
     expected[LARGE - own : LARGE - 1] = -1
-    assert np.array_equal(mapper.teacher_to_student, expected)
-    mapper.save(tmp_path / "large.safetensors")
+    save_mapper(mapper, tmp_path / "large.safetensors")
     assert (tmp_path / "large.safetensors").stat().st_size < 10 * MIB
     loaded = load_mapper(tmp_path / "large.safetensors", teacher, student, 0.0)
-    assert isinstance(loaded, VocabMapper) and isinstance(loaded.similar_to_student, SimilarTokens)
+    for direction in (mapper.to_student, mapper.to_teacher, loaded.to_student, loaded.to_teacher):
+        assert np.array_equal(direction.static, expected) and not len(direction.indices)
 
     torch.manual_seed(0)
     z_teacher, z_student = torch.randn(6, LARGE), torch.randn(6, LARGE, requires_grad=True)
     ends = np.arange(1, 7)
-    groups = concatenate_groups([byte_groups(ends, ends)])
-    got = contextual_kl(z_student, z_teacher, groups, *direction_maps(loaded), 100, 1.0)
+    groups = Groups.of([(ends, ends)], [byte_groups(ends, ends)])
+    student_rows = StudentRows(z_student, torch.zeros(6, dtype=torch.int64))
+    got = contextual_kl(student_rows, z_teacher, groups, loaded, topk=100, temperature=1.0)
     want = []
     for row in range(6):
         total = 0.0

@@ -15,10 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from get_vocab_mapper.builders import BUILDERS
+from get_vocab_mapper.mapper_file import save_mapper
 from get_vocab_mapper.token_forms import token_forms
-from get_vocab_mapper.vocab_mapper import build_em, build_mined
-from modeling import experiment
-from modeling.teachers import LiveTeacher, StoredTeacher
+from modeling.models.teachers import LiveTeacher, StoredTeacher
+from modeling.training import teacher as teacher_loading
 from tests.end_to_end.rig import ROOT, environment, flags, launcher, run_script, steps, tiny_llama
 from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
 
@@ -46,8 +47,8 @@ def bench(tmp_path_factory):
     ):
         tiny_llama(folder / name, tokenizer, len(tokenizer) + padding, layers=1, seed=seed)
     forms = token_forms(teacher), token_forms(student)
-    for kind, build in (("em", build_em), ("mined", build_mined)):
-        build(*forms, progress=False).save(folder / f"{kind}.safetensors")
+    for kind in ("em", "mined"):
+        save_mapper(BUILDERS[kind](*forms, progress=False), folder / f"{kind}.safetensors")
     rows = json.loads((ROOT / "data/dolly_train.sample.json").read_text())
     rows = [{"prefix": row["prefix"][-70:], "text": row["text"][:60]} for row in rows]  # short: there are many runs
     (folder / "train.json").write_text(json.dumps(rows[:N_TRAIN]))
@@ -103,6 +104,7 @@ def without_times(entry: dict) -> dict:
 
 def assert_equal(expected, got, rel=1e-5):
     assert len(expected[0]) == len(got[0]) == 2 * N_TRAIN / 4
+    assert "eval_loss" in expected[1]
     for want, entry in zip([*expected[0], expected[1]], [*got[0], got[1]]):
         assert without_times(entry) == pytest.approx(without_times(want), rel=rel, abs=1e-7)
 
@@ -125,9 +127,9 @@ def run_examples(monkeypatch):
     sizes = []
     forward = LiveTeacher.signal
 
-    def counted(teacher, inputs):
-        sizes.append(len(inputs["teacher_input_ids"]))
-        return forward(teacher, inputs)
+    def counted(teacher, side):
+        sizes.append(len(side.input_ids))
+        return forward(teacher, side)
 
     monkeypatch.setattr(LiveTeacher, "signal", counted)
     return sizes
@@ -150,7 +152,7 @@ def test_other_batches_in_another_order_read_the_same_signals(
     live, freed = [], []
     init, read = LiveTeacher.__post_init__, StoredTeacher.signal
     monkeypatch.setattr(LiveTeacher, "__post_init__", lambda t: live.append(weakref.ref(t.model)) or init(t))
-    monkeypatch.setattr(StoredTeacher, "signal", lambda t, inputs: freed.append(live[0]() is None) or read(t, inputs))
+    monkeypatch.setattr(StoredTeacher, "signal", lambda t, side: freed.append(live[0]() is None) or read(t, side))
     _, evaluated = train("ULD", teacher_cache=tmp_path, learning_rate=0)
     assert sum(run_examples) == N_ALL
     assert len(live) == 1 and freed and all(freed)  # in training, the teacher's memory is free
@@ -184,12 +186,13 @@ def test_smaller_forms_are_near(train, tmp_path, options, rel):
     assert 0 < difference < rel
 
 
-def test_a_killed_computation_is_gone_on_with(bench, train, tmp_path, run_examples, capsys):
+def test_a_killed_computation_is_resumed(bench, train, tmp_path, run_examples, capsys):
     """kill -9 in the middle of it; then a damaged part. Only what is missing runs."""
     code = (
         "import sys, time\n"
-        "from modeling import run_clm_uld, teacher_cache\n"
-        "from modeling.teachers import LiveTeacher\n"
+        "from modeling import run_clm_uld\n"
+        "from modeling.models import teacher_cache\n"
+        "from modeling.models.teachers import LiveTeacher\n"
         "teacher_cache.PART_BYTES = 1\n"
         "forward = LiveTeacher.signal\n"
         "LiveTeacher.signal = lambda *args: time.sleep(0.1) or forward(*args)\n"
@@ -252,7 +255,7 @@ def test_another_teacher_has_a_folder_of_its_own(bench, train, tmp_path, run_exa
 
 
 def test_a_rank_that_sees_another_folder_is_told(train, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "fill", lambda *args, **kwargs: None)
+    monkeypatch.setattr(teacher_loading, "fill", lambda *args, **kwargs: None)
     with pytest.raises(SystemExit):
         train("ULD", teacher_cache=tmp_path)
     assert (
