@@ -57,9 +57,9 @@ def mined_losses(
     distilled = (teacher_row >= 0) & (said == labels)  # [R_S]
 
     def divergence(student: Tensor, teacher: Tensor, labels: Tensor, distilled: Tensor) -> Tensor:
+        distilled = distilled[:, None].to(student.dtype)
         moved = moved_distribution_rows(teacher, static, student.shape[-1], temperature)
-        one_hot = torch.zeros_like(moved).scatter_(1, labels[:, None], 1.0)
-        target = torch.where(distilled[:, None], moved, one_hot)  # q, step 2
+        target = moved.mul_(distilled).scatter_add_(1, labels[:, None], 1 - distilled)  # q, step 2
         return kl_to_target_rows(target, student, temperature)
 
     rows = StudentRows(student, labels)

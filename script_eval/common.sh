@@ -48,5 +48,5 @@ generate() {
     choose_devices
     [[ $DEVICE != cpu ]] || set -- --use_cpu "$@"
     over_devices "$EVAL_DIR/generate.py" --model "$MODEL" --max_length "$MAX_LENGTH" \
-        --max_prompt_length "$MAX_PROMPT_LENGTH" --batch_size "$BATCH_SIZE" --dtype "$DTYPE" "$@"
+        --max_prompt_length "$MAX_PROMPT_LENGTH" ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} --dtype "$DTYPE" "$@"
 }

@@ -24,7 +24,7 @@ OUTPUT=${OUTPUT:-$(output_folder code)}                     # results.json, and 
 
 MAX_LENGTH=${MAX_LENGTH:-1024}                              # tokens of prompt and response in all
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-$((MAX_LENGTH / 2))} # the rest is for the response
-BATCH_SIZE=${BATCH_SIZE:-16}                                # prompts a device and forward
+BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
 PARALLEL=${PARALLEL:-}                                      # solutions run at a time; none = half the cores
 MIN_TIME_LIMIT=${MIN_TIME_LIMIT:-1}                         # seconds that a test may take at least (EvalPlus's own: 1)

@@ -23,7 +23,7 @@ TOP_P=${TOP_P:-1.0}
 TOP_K=${TOP_K:-0}                                           # 0 = off
 DSKD_COMPAT=${DSKD_COMPAT:-0}                               # 1: no 6-gram repeated, prompts cut on the right
 ROUGE_TOKENIZER=${ROUGE_TOKENIZER:-rouge_score}             # or unicode, for text in other letters than a to z
-BATCH_SIZE=${BATCH_SIZE:-16}                                # prompts a device and forward
+BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
 
 read -ra sets <<<"$SETS"

@@ -18,7 +18,7 @@ OUTPUT=${OUTPUT:-$(output_folder math)}                     # results.json, and 
 
 NUM_FEWSHOT=${NUM_FEWSHOT:-0}                               # solved examples in front: none, as in training
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}                       # of a response (the harness's own: 256)
-BATCH_SIZE=${BATCH_SIZE:-16}                                # prompts a device and forward
+BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                   # 1 runs Python code that a hub model carries
 
@@ -27,13 +27,15 @@ TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                   # 1 runs Python code
 if [[ -n $DATA_DIR && ! (-f $DATA_DIR/gsm8k/train.jsonl && -f $DATA_DIR/gsm8k/test.jsonl) ]]; then
     die "DATA_DIR=$DATA_DIR has no gsm8k/train.jsonl and gsm8k/test.jsonl."
 fi
+choose_devices
+[[ $DEVICE == cpu ]] && default_batch=16 || default_batch=128
+BATCH_SIZE=${BATCH_SIZE:-$default_batch}
 # Also refuses a folder that was started with other settings.
 run "$PYTHON" "$EVAL_DIR/math_task.py" --folder "$OUTPUT" --model "$MODEL" --dtype "$DTYPE" \
     --num_fewshot "$NUM_FEWSHOT" --max_new_tokens "$MAX_NEW_TOKENS" --batch_size "$BATCH_SIZE" \
     ${LIMIT:+--limit "$LIMIT"} ${DATA_DIR:+--data_dir "$DATA_DIR/gsm8k"} --further_arguments="$*"
 
 if [[ ! -e $OUTPUT/results.json ]]; then
-    choose_devices
     device=$DEVICE
     if [[ $DEVICE == cpu ]]; then NPROC=1; else device+=:0; fi
     [[ ${DRY_RUN:-0} == 1 ]] || model_args=$(<"$OUTPUT/model_args.json")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -225,9 +226,13 @@ def generate_file(model, tokenizer, args: argparse.Namespace, seed: int, prompts
     file = RowFile(output)
     done = file.done()
     missing = [rows for rows in batches_of(prompts, args.batch_size)[rank::processes] if not done.issuperset(rows)]
-    for rows in tqdm(missing, desc=output.name, unit="batch", disable=rank != 0):
+    tokens, start = 0, time.monotonic()
+    progress = tqdm(missing, desc=output.name, unit="batch", disable=rank != 0)
+    for rows in progress:
         results = generate_batch(model, tokenizer, args, seed, rows, [prompts[row] for row in rows])
         file.append(result for result in results if result["row"] not in done)
+        tokens += sum(result["tokens"] for result in results)
+        progress.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens a second")
     file.finish(len(prompts))
 
 
@@ -247,6 +252,8 @@ def settings_of(args: argparse.Namespace, seed: int) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     device = this_device(args.use_cpu)
+    # On an accelerator a step of few prompts takes as long as one of many: it waits for launches.
+    args.batch_size = args.batch_size or (16 if device.type == "cpu" else 128)
     rows = read_lines(Path(args.data), args.limit)
     if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
         raise ValueError(f"{args.data}: every row needs a prompt, a string.")
@@ -279,7 +286,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="Only the likeliest tokens of this total probability. Default 1: all.")
     add("--top_k", type=int, default=0, help="Only so many of the likeliest tokens. Default 0: all.")
     add("--greedy", action="store_true", help="Always the likeliest token. Without it the responses are sampled.")
-    add("--batch_size", type=int, default=16, help="Prompts a device and forward. Default 16.")
+    add("--batch_size", type=int, help="Prompts a device and forward. Default 128; on a CPU 16.")
     add("--limit", type=int, help="Only the first so many rows.")
     add(
         "--dskd_compat",
@@ -297,7 +304,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (args.temperature <= 0, "--temperature must be above 0; for the likeliest token give --greedy"),
         (not 0 < args.top_p <= 1, "--top_p must be above 0, and at most 1"),
         (args.top_k < 0, "--top_k must be 0 or more"),
-        (args.batch_size < 1, "--batch_size must be 1 or more"),
+        (args.batch_size is not None and args.batch_size < 1, "--batch_size must be 1 or more"),
         (args.limit is not None and args.limit < 1, "--limit must be 1 or more"),
         (len(args.seed) > 1 and "{seed}" not in args.output, "several seeds need {seed} in --output"),
     ):

@@ -123,7 +123,7 @@ def page_data(
         for name in SIDES:
             z = logits[name] = predicting_logits(sides[name], models[name], getattr(batch, name))
             h, ce = entropy(z), StudentRows(z, ids[name]).ce
-            weights[name] = entropy_weights(h, [len(h)]).numpy()
+            weights[name] = entropy_weights(h, getattr(batch, name).example, 1).numpy()
             data[name] |= {
                 "entropy": rounded(h),
                 "weight": weights[name].tolist(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,36 +19,35 @@ def entropy_dtw(student_entropy: Tensor, teacher_entropy: Tensor, batch: Batch) 
     Returns:
         Groups on the entropies' device. The weights are copied to the host, which waits for them.
     """
-    sides = batch.teacher.lengths, batch.student.lengths
-    weights = torch.cat([entropy_weights(h, n) for h, n in zip((teacher_entropy, student_entropy), sides)]).cpu()
-    weights = [part.numpy() for part in weights.split([*sides[0], *sides[1]])]
+    teacher, student, n = batch.teacher, batch.student, len(batch.rows)
+    entropy, example = torch.cat([teacher_entropy, student_entropy]), torch.cat([teacher.example, student.example + n])
+    weights = entropy_weights(entropy, example, 2 * n).cpu().split([*teacher.lengths, *student.lengths])
+    weights = [part.numpy() for part in weights]
     examples = [
         dtw_groups(d.table, d.teacher_index, d.student_index, teacher_weights, student_weights)
-        for d, teacher_weights, student_weights in zip(batch.token_distances, weights, weights[len(sides[0]) :])
+        for d, teacher_weights, student_weights in zip(batch.token_distances, weights, weights[n:])
     ]
-    ends = list(zip(batch.teacher.byte_ends, batch.student.byte_ends))
-    return Groups.of(ends, examples).to(student_entropy.device)
+    ends = list(zip(teacher.byte_ends, student.byte_ends))
+    groups, device = Groups.of(ends, examples), student_entropy.device
+    return groups if device.type == "cpu" else groups.pin_memory().to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def entropy_weights(entropy: Tensor, lengths: Sequence[int]) -> Tensor:
+def entropy_weights(entropy: Tensor, example: Tensor, n_examples: int) -> Tensor:
     """⌊3·σ(4h − 2) + 3⌋, h being the entropy scaled to [0, 1] within its example (CDM, step 1).
 
     Uncertain positions cost more to misalign. An example whose entropies are all equal has h = 0.
 
     Args:
-        entropy: `[R]`, the examples one after another.
-        lengths: number of positions of each example, each ≥ 1, summing to R; there may be no example.
+        entropy: `[R]`, in nats.
+        example: int64 `[R]`, the example that each belongs to, in `0 … n_examples − 1`.
 
     Returns:
         int64 `[R]`, each 3, 4 or 5, on the entropy's device, without waiting for it.
     """
-
-    def example_weights(values: Tensor) -> Tensor:
-        spread = values.amax() - values.amin()
-        h = torch.where(spread > 0, (values - values.amin()) / spread, 0.0)
-        return (3 * torch.sigmoid(4 * h - 2) + 3).floor().long()
-
-    if not lengths:
-        return entropy.new_empty(0, dtype=torch.int64)
-    return torch.cat([example_weights(values) for values in entropy.split(list(lengths))])
+    least, most = (
+        entropy.new_full((n_examples,), start).scatter_reduce_(0, example, entropy, reduce)[example]
+        for start, reduce in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    h = torch.where(most > least, (entropy - least) / (most - least), 0.0)
+    return (3 * torch.sigmoid(4 * h - 2) + 3).floor().long()

@@ -5,11 +5,10 @@ floating dtype (float64 stays float64).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.losses.logits import as_float
+from modeling.losses.logits import LEAST_LOGIT, as_float
 
 
 def kl_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -30,33 +29,57 @@ def kl_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Ten
     """
     if p_logits.shape != q_logits.shape:
         raise ValueError(f"kl_rows needs logits of one shape, got {tuple(p_logits.shape)} and {tuple(q_logits.shape)}")
-    return _KL.apply(as_float(p_logits), as_float(q_logits), temperature)
+    return _KL.apply(p_logits, q_logits, temperature)
 
 
 class _KL(torch.autograd.Function):
-    """Written out for the memory and time of a CPU: autograd would keep, and make, twice as many copies of the rows."""
+    """Written out: two float32 copies of the rows at a time, none kept, and half-precision logits read as they are."""
 
     @staticmethod
     def forward(ctx, p_logits, q_logits, temperature):
-        log_p, log_q = (torch.log_softmax(_divided(z, temperature), dim=-1) for z in (p_logits, q_logits))
-        p = log_p.exp()
-        log_ratio = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)  # a token that p rules out adds nothing; 0 · ∞ is NaN
-        kl = torch.linalg.vecdot(p, log_ratio)
+        p_largest, q_largest = (as_float(z.amax(-1, keepdim=True)) for z in (p_logits, q_logits))
+        log_q = _shifted(q_logits, q_largest, temperature)
+        p = log_q.exp()
+        q_total = p.sum(-1, keepdim=True)
+        log_p = _shifted(p_logits, p_largest, temperature, out=p).clamp_(min=LEAST_LOGIT)
+        log_ratio = torch.sub(log_p, log_q, out=log_q)
+        p_total = p.exp_().sum(-1, keepdim=True)
+        shift = p_total.log() - q_total.log()
+        kl = _expected(p, log_ratio.sub_(shift))[:, None].div_(p_total)
         ctx.temperature = temperature
-        ctx.save_for_backward(p, log_q, log_ratio, kl)
-        return kl * temperature**2
+        ctx.save_for_backward(p_logits, q_logits, p_largest, q_largest, p_total, q_total, shift + kl)
+        return kl.squeeze(1) * temperature**2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        p, log_q, log_ratio, kl = ctx.saved_tensors
+        p_logits, q_logits, p_largest, q_largest, p_total, q_total, shift = ctx.saved_tensors
         scale = ctx.temperature * gradient[:, None]
         of_p = of_q = None
         if ctx.needs_input_grad[0]:  # τ² ∂KL/∂z^p = τ · p · (log p/q − KL)
-            of_p = (log_ratio - kl[:, None]).mul_(p).mul_(scale)
+            p = _shifted(p_logits, p_largest, ctx.temperature).clamp_(min=LEAST_LOGIT)
+            of_p = _shifted(q_logits, q_largest, ctx.temperature)
+            torch.sub(p, of_p, out=of_p).clamp_(max=_LARGEST).sub_(shift).mul_(p.exp_()).mul_(scale / p_total)
         if ctx.needs_input_grad[1]:  # τ² ∂KL/∂z^q = τ · (q − p)
-            of_q = log_q.exp().sub_(p).mul_(scale)
+            of_q = _shifted(q_logits, q_largest, ctx.temperature).exp_().mul_(scale / q_total)
+            of_q.addcmul_(_shifted(p_logits, p_largest, ctx.temperature).exp_(), scale / p_total, value=-1)
         return of_p, of_q, None
+
+
+def _shifted(logits: Tensor, largest: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """float `[r, V]`: (z − largest) / τ"""
+    shifted = torch.sub(logits, largest, out=out)
+    return shifted if temperature == 1 else shifted.mul_(1 / temperature)
+
+
+_LARGEST = 1e30  # what stands for a log-ratio of +∞, times which a probability of 0 is 0
+
+
+def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """`[r]`: Σ p · log_ratio, in which tokens that p rules out add nothing, even at +∞. `log_ratio` is overwritten."""
+    values = log_ratio.clamp_(max=_LARGEST).mul_(p).sum(-1)
+    # Only a ratio of ∞ makes a sum so large.
+    return values.masked_fill_(values > 1e9, torch.inf)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
@@ -71,8 +94,32 @@ def kl_to_target_rows(target: Tensor, logits: Tensor, temperature: float = 1.0) 
         logits: `[r, V]`.
         temperature: τ > 0, of the logits; the target is taken as it is.
     """
-    log_q = torch.log_softmax(_divided(as_float(logits), temperature), dim=-1)
-    return temperature**2 * (torch.xlogy(target, target) - target * log_q.masked_fill(target == 0, 0.0)).sum(-1)
+    return _KLToTarget.apply(target, logits, temperature)
+
+
+class _KLToTarget(torch.autograd.Function):
+    """Written out as `_KL` is."""
+
+    @staticmethod
+    def forward(ctx, target, logits, temperature):
+        largest = as_float(logits.amax(-1, keepdim=True))
+        log_q = _shifted(logits, largest, temperature)
+        buffer = log_q.exp()
+        total = buffer.sum(-1, keepdim=True)
+        log_target = torch.clamp(target, min=torch.finfo(target.dtype).tiny, out=buffer).log_()
+        kl = _expected(target, log_target.sub_(log_q).add_(total.log()))
+        ctx.temperature = temperature
+        ctx.save_for_backward(target, logits, largest, total)
+        return kl * temperature**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        target, logits, largest, total = ctx.saved_tensors
+        scale = ctx.temperature * gradient[:, None]
+        of_logits = _shifted(logits, largest, ctx.temperature).exp_()  # τ² ∂KL/∂z = τ · (q · Σ target − target)
+        of_logits.mul_(scale * target.sum(-1, keepdim=True) / total).addcmul_(target, scale, value=-1)
+        return None, of_logits, None
 
 
 def sorted_distance_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -82,10 +129,14 @@ def sorted_distance_rows(p_logits: Tensor, q_logits: Tensor, temperature: float 
     not over which tokens, so the vocabularies `[r, V]` and `[r, V']` need nothing in common. The shorter one is padded
     with zeros. The gradient is a subgradient: 0 where two probabilities are equal.
     """
-    p, q = (torch.softmax(as_float(z) / temperature, -1).sort(-1, descending=True).values for z in (p_logits, q_logits))
-    width = max(p.shape[-1], q.shape[-1])
-    p, q = (F.pad(side, (0, width - side.shape[-1])) for side in (p, q))
-    return (p - q).abs().sum(-1)
+    q = _sorted_probabilities(q_logits, temperature)
+    p = _sorted_probabilities(p_logits, temperature)
+    n = min(p.shape[-1], q.shape[-1])
+    return (p[:, :n] - q[:, :n]).abs().sum(-1) + p[:, n:].sum(-1) + q[:, n:].sum(-1)
+
+
+def _sorted_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return torch.softmax(_divided(as_float(logits), temperature), -1).sort(-1, descending=True).values
 
 
 def moved_distribution_rows(teacher_logits: Tensor, static: Tensor, vocab_size: int, temperature: float) -> Tensor:
@@ -99,8 +150,8 @@ def moved_distribution_rows(teacher_logits: Tensor, static: Tensor, vocab_size: 
         vocab_size: V_S.
         temperature: τ > 0.
     """
-    mapped = as_float(teacher_logits).masked_fill(static < 0, -torch.inf)
-    p = torch.softmax(mapped / temperature, dim=-1)
+    mapped = as_float(teacher_logits.masked_fill(static < 0, -torch.inf))
+    p = torch.softmax(mapped.div_(temperature), dim=-1)
     return p.new_zeros(len(p), vocab_size).scatter_add_(1, static.clamp(min=0).expand_as(p), p)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,19 +12,35 @@ from torch import Tensor
 
 LEAST_LOGIT = -1e3  # below the largest; e to its power is 0 even in float64, and 0 times it is not NaN
 CPU_CHUNKS, CPU_ROWS = 64, 8
-LOSS_MEMORY = 1 << 30  # bytes, on an accelerator
-ROW_COPIES = 8  # float32 rows that a row function holds for each of its rows, forward and backward
+GIB = 1 << 30
+ROW_COPIES = 6  # float32 rows that a walk holds for each of its rows at most, if a row function does not say otherwise
+_budget: list[float | None] = [None]  # GiB, of `loss_memory`; the last one is in force
 
 
-def chunk_rows(n_rows: int, width: int, device: torch.device, budget: int = LOSS_MEMORY) -> int:
+@contextlib.contextmanager
+def loss_memory(gib: float | None) -> Iterator[None]:
+    """Bounds what a pass over logits takes beyond them and their gradient, in GiB, within this process.
+
+    None, the default, means 1 GiB on an accelerator, and on a CPU chunks that suit its caches. A single row is always
+    worked on, whatever it takes.
+    """
+    _budget.append(gib)
+    try:
+        yield
+    finally:
+        _budget.pop()
+
+
+def chunk_rows(n_rows: int, width: int, device: torch.device, copies: int = ROW_COPIES) -> int:
     """How many of n rows that are `width` columns wide to work on at a time.
 
     On a CPU a 64th of them (at least 8), which suits its caches. On an accelerator, where many small kernels cost more
-    than large ones, as many as `budget` bytes hold.
+    than large ones, as many as `loss_memory` holds `copies` times, in equal parts.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and _budget[-1] is None:
         return max(CPU_ROWS, -(-n_rows // CPU_CHUNKS))
-    return max(1, min(n_rows, budget // (4 * ROW_COPIES * width)))
+    most = max(1, int((_budget[-1] or 1.0) * GIB) // (4 * copies * width))
+    return -(-n_rows // -(-n_rows // most)) if n_rows else 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,14 @@ def as_float(logits: Tensor) -> Tensor:
     return logits.to(float_dtype(logits))
 
 
-def chunks_with_buffers(logits: Logits, count: int, n_rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def chunks_with_buffers(
+    logits: Logits, count: int, n_rows: int | None = None, copies: int = ROW_COPIES
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of a few rows, and `count` float32 buffers of their shape, the same memory every time.
 
     Tensors of a few megabytes that come and go cost a CPU more time than the arithmetic (their pages are mapped anew
@@ -123,9 +147,10 @@ def chunks_with_buffers(logits: Logits, count: int, n_rows: int | None = None) -
     Args:
         logits: `[R, V]`, for the buffers' width and device.
         n_rows: how many rows to go through; by default R.
+        copies: float32 rows that the work on each of them takes, the buffers included.
     """
     n_rows, width = len(logits) if n_rows is None else n_rows, logits.shape[1]
-    chunk = logits.chunk if isinstance(logits, ChunkedLogits) else chunk_rows(n_rows, width, logits.device)
+    chunk = logits.chunk if isinstance(logits, ChunkedLogits) else chunk_rows(n_rows, width, logits.device, copies)
     shape = (count, min(chunk, n_rows), width)
     buffers = torch.empty(shape, dtype=float_dtype(logits), device=logits.device)
     for start in range(0, n_rows, chunk):
@@ -148,7 +173,7 @@ def entropy_largest_and_total(rows: Tensor, z: Tensor, exp: Tensor) -> tuple[Ten
     largest = rows.amax(-1).to(z.dtype)
     torch.sub(rows, largest[:, None], out=z).clamp_(min=LEAST_LOGIT)
     total = torch.exp(z, out=exp).sum(-1)
-    return total.log() - torch.linalg.vecdot(exp, z) / total, largest, total
+    return total.log() - z.mul_(exp).sum(-1) / total, largest, total
 
 
 @torch.no_grad()

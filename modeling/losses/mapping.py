@@ -18,7 +18,7 @@ from torch import Tensor
 
 from get_vocab_mapper.mapper import Direction, VocabMapper
 from modeling.losses.divergences import restricted_kl
-from modeling.losses.logits import Logits, as_float, chunks_with_buffers, float_dtype, largest_and_total
+from modeling.losses.logits import Logits, as_float, chunks_with_buffers, float_dtype, largest_and_total, to_device
 from modeling.losses.rows import StudentRows
 from modeling.text.alignment import GroupedSide, Groups
 
@@ -90,7 +90,7 @@ def contextual_kl(
             match_pairs(student_ids, teacher_ids, mapper.to_teacher, teacher_vocab_size),
         ]
     )
-    matched_students, matched_teachers = torch.from_numpy(matches).to(device)
+    matched_students, matched_teachers = to_device(torch.from_numpy(matches), device)
     found_students, found_teachers = matched_students >= 0, matched_teachers >= 0
 
     # Columns 0 … k−1 are the pairs of P_→, columns k … 2k−1 those of P_←. (−1 reads column 0, and is masked.)

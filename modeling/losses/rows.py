@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from modeling.losses.logits import (
     ChunkedLogits,
     Logits,
+    ROW_COPIES,
     PickedRows,
     as_float,
     chunks_with_buffers,
@@ -73,20 +74,23 @@ class StudentRows:
         self._walk(entropy=values)
         return values
 
-    def read(self, row_function: Callable[..., Tensor], *others: Logits | PickedRows) -> Tensor:
+    def read(
+        self, row_function: Callable[..., Tensor], *others: Logits | PickedRows, copies: int = ROW_COPIES
+    ) -> Tensor:
         """`row_function(rows, *others)`, computed and differentiated a few rows at a time.
 
         Args:
             row_function: takes float32 rows `[r, V]` of the logits and rows `[r, …]` of the others, and gives `[r]` or
                 `[r, c]`, each row from its own row only.
             others: `[R, …]`, constants.
+            copies: float32 rows as wide as the widest that it takes for each of its rows, forward and backward.
 
         Returns:
             `[R]` or `[R, c]`.
         """
         if any(other.requires_grad for other in others):
             raise ValueError("read: only the student's logits get a gradient. Detach the other arguments.")
-        read = _Read(row_function, others)
+        read = _Read(row_function, others, copies)
         return _Reading.apply(self._anchor, self._shared.new(read), self._walk(read))
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -108,7 +112,8 @@ class StudentRows:
         if first:
             dtype, device = float_dtype(self.logits), self.logits.device
             shared.largest, shared.total, shared.label_logits = torch.empty(3, len(self), dtype=dtype, device=device)
-        for at, buffers in chunks_with_buffers(self.logits, 1 if entropy is None else 2):
+        copies = ROW_COPIES if read is None else read.copies
+        for at, buffers in chunks_with_buffers(self.logits, 1 if entropy is None else 2, copies=copies):
             rows = self.logits[at]
             if entropy is not None:
                 entropy[at], *normaliser = entropy_largest_and_total(rows, *buffers)
@@ -137,6 +142,7 @@ class _Read:
 
     function: Callable[..., Tensor] | None = None
     others: tuple = ()
+    copies: int = ROW_COPIES
     gradient: Tensor | None = None
 
     def __call__(self, rows: Tensor, at: slice) -> Tensor:
@@ -169,7 +175,7 @@ class _SharedGradient:
     def of_whole(self, logits: Tensor) -> Tensor:
         """The gradient of `[R, V]` logits, in their dtype."""
         found, gradient = self.take(), torch.empty_like(logits)
-        for at, (buffer,) in chunks_with_buffers(logits, 1):
+        for at, (buffer,) in chunks_with_buffers(logits, 1, copies=max((read.copies for read, _ in found), default=1)):
             in_place = gradient.dtype == buffer.dtype
             self._add_up(found, logits[at], at, out=gradient[at] if in_place else buffer)
             if not in_place:

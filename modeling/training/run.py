@@ -18,6 +18,7 @@ from get_vocab_mapper.mapper import VocabMapper, build_command
 from get_vocab_mapper.mapper_file import load_mapper
 from get_vocab_mapper.pair_mapper import mapper_for_pair
 from modeling.errors import InputError, user_input
+from modeling.losses.logits import loss_memory
 from modeling.models.language_model import LanguageModel, merged
 from modeling.text.batch import Alignment, ResponseCollator
 from modeling.text.encoder import require_same_tokenizer
@@ -154,18 +155,19 @@ class Run:
             for name, setting in settings.items():
                 if isinstance(setting, LanguageModel):
                     settings[name] = load_teacher(setting, *teachers, prefix="")
-        train_save_evaluate(
-            trainer(
-                model=model,
-                args=self.training,
-                train_dataset=datasets[0],
-                eval_dataset=datasets[1],
-                data_collator=ResponseCollator(*encoders, alignment=alignment),
-                processing_class=self.student.encoder.tokenizer,
-                student_vocab_size=self.student.vocab_size,
-                **settings,
+        with loss_memory(self.training.loss_memory):
+            train_save_evaluate(
+                trainer(
+                    model=model,
+                    args=self.training,
+                    train_dataset=datasets[0],
+                    eval_dataset=datasets[1],
+                    data_collator=ResponseCollator(*encoders, alignment=alignment),
+                    processing_class=self.student.encoder.tokenizer,
+                    student_vocab_size=self.student.vocab_size,
+                    **settings,
+                )
             )
-        )
 
 
 def train_save_evaluate(trainer: ResponseTrainer) -> None:

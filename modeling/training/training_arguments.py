@@ -52,6 +52,14 @@ class TrainingArguments(HfTrainingArguments):
             "more time; 128 is a good number. 0 computes all at once."
         },
     )
+    loss_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that a loss may take beyond both sides' logits and their gradient, in passes over some rows "
+            "at a time: more memory, fewer and larger operations. By default 1 on an accelerator; on a CPU, passes that "
+            "suit its caches. (--logits_chunk says how many rows by itself.)"
+        },
+    )
     merge_lora: bool = field(
         default=False,
         metadata={
@@ -207,7 +215,7 @@ class TrainingArguments(HfTrainingArguments):
         for name, least in at_least.items():
             value = getattr(self, name)
             check(value is None or least <= value < math.inf, name, value, f"give a finite number, {least} or more")
-        for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
+        for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "loss_memory"):
             value = getattr(self, name)
             check(value is None or 0 < value < math.inf, name, value, "give a finite number above 0")
         for name in ("adam_beta1", "adam_beta2"):

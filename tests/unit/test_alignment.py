@@ -44,22 +44,28 @@ def as_group_numbers(groups):
     return teacher, student
 
 
+def weights_of(entropy, lengths):
+    """Of examples of so many tokens, one after another."""
+    example = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    return entropy_weights(entropy, example, len(lengths))
+
+
 class TestEntropyWeights:
     def test_hand_computed(self):
         # h = 0: 3σ(−2) + 3 = 3.36; h = 0.5: 3σ(0) + 3 = 4.5; h = 1: 3σ(2) + 3 = 5.64
-        assert entropy_weights(torch.tensor([1.0, 2.0, 3.0]), [3]).tolist() == [3, 4, 5]
+        assert weights_of(torch.tensor([1.0, 2.0, 3.0]), [3]).tolist() == [3, 4, 5]
 
     def test_thresholds(self):
         # σ(4h − 2) reaches 1/3 at h = 0.5 − ln(2)/4 = 0.3267, and 2/3 at h = 0.6733
         h = torch.tensor([0.0, 0.326, 0.327, 0.673, 0.674, 1.0])
-        assert entropy_weights(h, [6]).tolist() == [3, 3, 4, 4, 5, 5]
+        assert weights_of(h, [6]).tolist() == [3, 3, 4, 4, 5, 5]
 
     def test_of_no_response(self):
-        assert entropy_weights(torch.zeros(0), []).tolist() == []
+        assert weights_of(torch.zeros(0), []).tolist() == []
 
     def test_every_example_has_its_own_range(self):
         values = torch.tensor([0.0, 1.0, 10.0, 10.0, 10.0, 5.0, 100.0, 200.0])
-        weights = entropy_weights(values, [2, 3, 1, 2])
+        weights = weights_of(values, [2, 3, 1, 2])
         assert weights.tolist() == [3, 5, 3, 3, 3, 3, 3, 5]
         assert not weights.is_floating_point()
 
@@ -68,7 +74,7 @@ class TestEntropyWeights:
     def test_equals_the_oracle(self, seed, lengths):
         values = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         expected = [w for part in values.split(lengths) for w in oracle.weights(part.tolist())]
-        assert entropy_weights(values, lengths).tolist() == expected
+        assert weights_of(values, lengths).tolist() == expected
 
 
 class TestDtwGroups:

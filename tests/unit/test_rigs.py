@@ -334,7 +334,7 @@ def slow_alignment(table: list[list[int]], teacher: torch.Tensor, student: torch
     entropies = cdm_oracle.entropies(teacher), cdm_oracle.entropies(student)
     weights = [cdm_oracle.weights(values) for values in entropies]
     for values, side_weights, logits in zip(entropies, weights, (teacher, student)):
-        fast = entropy_weights(entropy(logits), [len(values)]).tolist()
+        fast = entropy_weights(entropy(logits), torch.zeros(len(values), dtype=torch.int64), 1).tolist()
         for value, slow_weight, fast_weight in zip(values, side_weights, fast):
             if slow_weight != fast_weight:  # an entropy on the very border of two weights
                 low, high = min(values), max(values)

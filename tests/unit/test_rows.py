@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from modeling.losses import logits as logits_module
 from modeling.losses.divergences import kl_rows
-from modeling.losses.logits import ChunkedLogits, PickedRows, as_float, chunk_rows, entropy
+from modeling.losses.logits import ChunkedLogits, PickedRows, as_float, chunk_rows, entropy, loss_memory
 from modeling.losses.rows import StudentRows
 from tests.reference import cdm_oracle
 from tests.unit.helpers import DTYPES, Headed, Made, assert_same, gradients, random_logits
@@ -171,8 +171,12 @@ def test_no_more_than_a_chunk_of_chunked_logits_is_ever_made(chunk):
 def test_how_many_rows_a_chunk_has():
     on_cpu, on_gpu = torch.device("cpu"), torch.device("cuda")
     assert [chunk_rows(n, 1, on_cpu) for n in (0, 1, 512, 513, 6400)] == [8, 8, 8, 9, 100]
-    assert [chunk_rows(n, 100, on_gpu, budget=32 * 100 * 7) for n in (0, 1, 6, 7, 8)] == [1, 1, 6, 7, 7]
     assert chunk_rows(10, 10**9, on_gpu) == 1
+    assert chunk_rows(2000, 2**15, on_gpu, copies=8) == 1000  # a GiB holds 1,024 rows eight times
+    with loss_memory(0.5):
+        found = [chunk_rows(n, 2**15, on_gpu, copies=8) for n in (0, 1, 512, 513, 1025)]
+        assert found == [1, 1, 512, 257, 342]
+        assert chunk_rows(513, 2**15, on_cpu, copies=8) == 257  # said by name, it holds on a CPU too
 
 
 # ------------------------------------------------------------------------------------------------------ the gradient
