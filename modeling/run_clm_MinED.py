@@ -40,9 +40,7 @@ class MinEDArguments(MapperArguments):
     metrics: ClassVar[tuple[str, ...]] = ("distilled", "one_to_one", "aligned")
 
 
-def mined_losses(
-    student: Logits, teacher: Logits, batch: Batch, static: Tensor, temperature: float = 2.0
-) -> Losses:
+def mined_losses(student: Logits, teacher: Logits, batch: Batch, static: Tensor, temperature: float = 2.0) -> Losses:
     """KL to the teacher's distribution moved by φ, or to the token itself, and the cross-entropy.
 
     Args:

@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from modeling.losses.logits import (
+    ROW_COPIES,
     ChunkedLogits,
     Logits,
-    ROW_COPIES,
     PickedRows,
     as_float,
     chunks_with_buffers,

@@ -56,8 +56,8 @@ class TrainingArguments(HfTrainingArguments):
         default=None,
         metadata={
             "help": "GiB that a loss may take beyond both sides' logits and their gradient, in passes over some rows "
-            "at a time: more memory, fewer and larger operations. By default 1 on an accelerator; on a CPU, passes that "
-            "suit its caches. (--logits_chunk says how many rows by itself.)"
+            "at a time: more memory, fewer and larger operations. By default 1 on an accelerator; on a CPU, passes "
+            "that suit its caches. (--logits_chunk says how many rows by itself.)"
         },
     )
     merge_lora: bool = field(
@@ -127,6 +127,11 @@ class TrainingArguments(HfTrainingArguments):
         check(
             not self.use_liger_kernel or is_liger_kernel_available(),
             *("use_liger_kernel", True, "liger-kernel is not installed. Install it, or leave the flag out"),
+        )
+        # Its layers work with every method: the models are never given labels, so that its fused loss is not used.
+        check(
+            not self.use_liger_kernel or self.device.type != "cpu",
+            *("use_liger_kernel", True, "leave it out on a CPU, its kernels run on accelerators only"),
         )
         if self.do_train:
             try:

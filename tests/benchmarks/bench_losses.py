@@ -1,6 +1,6 @@
 """How long each method's loss takes, forward and backward from the logits, and what part of CDM's is not arithmetic.
 
-    CDM_REAL_DIR=… python -m tests.benchmarks.bench_losses [--pairs phi-3:qwen2 …] [--lengths 256 512 …] [--json FILE]
+    CDM_REAL_DIR=… python -m tests.benchmarks.bench_losses [--pairs phi-3:qwen2 …] [--lengths 256 512 …] [--device cuda]
 
 Timed are the methods' functions and the backward pass to the student's logits. The logits are given: the models' own
 time does not count. The responses are real ones (Dolly), joined to about the wanted number of student
@@ -9,6 +9,8 @@ places. FKD and RKD have a teacher with the student's tokenizer, so of the stude
 every time is a median.
 
     ratio        to FKD
+    torch CE     torch.nn.functional.cross_entropy alone, the floor
+    peak         on an accelerator: memory beyond the logits and their gradient, in units of the student's logits
     KD alone     CDM's divergence with all its steps but without cross-entropy, to the forward KL alone
     host         share of CDM's time in DTW, groups, pair search and copies between host and device
     dtw          share of CDM's time in DTW alone
@@ -45,6 +47,7 @@ from modeling.text.batch import Batch, ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
 from modeling.text.rows import alpaca_prompt
 from tests.benchmarks import PAIRS
+from tests.benchmarks.device import add_device_argument, peak_bytes_of, seconds
 from tests.methods import METHODS, ONE_A_SCRIPT, Mappers
 from tests.reference import cdm_oracle
 
@@ -100,12 +103,6 @@ def given_logits(labels: Tensor, width: tuple[int, int], seed: int, dtype: torch
 # ------------------------------------------------------------------------------------------------------- the timing
 
 
-def seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 class HostTime(ExitStack):
     """Measures how long CDM's calls of the functions below take, wherever they are called."""
 
@@ -128,23 +125,26 @@ def timed(function: Callable, name: str, spent: dict[str, float]) -> Callable:
     return call
 
 
-def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods: list[str], kind: str) -> dict:
+def measure(
+    pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods: list[str], kind: str, device: str = "cpu"
+) -> dict:
     examples = {same: pair.example(n_tokens, pair.student if same else pair.teacher) for same in (False, True)}
 
     def batch_of(alignment: str | None, same_tokenizer: bool = False) -> Batch:
         teacher = pair.student if same_tokenizer else pair.teacher
-        return ResponseCollator(pair.student, teacher, alignment)([examples[same_tokenizer]])
+        return ResponseCollator(pair.student, teacher, alignment)([examples[same_tokenizer]]).to(device)
 
     batch = batch_of("entropy_dtw" if kind == "dtw" else "byte")
     labels, teacher_labels = batch.student.labels, batch.teacher.labels
-    student = given_logits(labels, pair.width("student"), 0, dtype).requires_grad_()
-    teachers = {
-        False: given_logits(teacher_labels, pair.width("teacher"), 1, dtype),
-        True: given_logits(labels, pair.width("student"), 2, dtype),
-    }
+
+    def logits(labels: Tensor, side: str, seed: int) -> Tensor:
+        return given_logits(labels.cpu(), pair.width(side), seed, dtype).to(device)
+
+    student = logits(labels, "student", 0).requires_grad_()
+    teachers = {False: logits(teacher_labels, "teacher", 1), True: logits(labels, "student", 2)}
     mappers = Mappers(
         pair.mapper("em") if "CDM" in methods else None,
-        torch.from_numpy(pair.mapper("mined").to_student.static).long() if "MinED" in methods else None,
+        torch.from_numpy(pair.mapper("mined").to_student.static).long().to(device) if "MinED" in methods else None,
     )
 
     def loss_of(name: str) -> Callable[[], Tensor]:
@@ -153,6 +153,7 @@ def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods
         return lambda: method.losses(student, teachers[method.same_tokenizer], given, mappers).mean()
 
     losses = {name: loss_of(name) for name in methods}
+    losses["torch CE"] = lambda: torch.nn.functional.cross_entropy(student.float(), labels)
     if "CDM" in methods:  # the divergences without cross-entropy
 
         def contextual_kd() -> Tensor:
@@ -173,7 +174,7 @@ def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods
             if len(times[name]) >= LEAST_REPEATS and sum(times[name]) > MOST_SECONDS:
                 continue
             with HostTime() as spent:
-                took = seconds(lambda loss=loss: torch.autograd.grad(loss(), student))
+                took = seconds(lambda loss=loss: torch.autograd.grad(loss(), student), device)
             if repeat:
                 times[name].append(took)
                 if name == "CDM":
@@ -184,6 +185,11 @@ def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods
         "teacher_tokens": len(teacher_labels),
         "seconds": {name: statistics.median(values) for name, values in times.items()},
     }
+    if device != "cpu":
+        result["peak"] = {
+            name: peak_bytes_of(lambda loss=loss: torch.autograd.grad(loss(), student)) / student.nbytes - 1
+            for name, loss in losses.items()
+        }
     if host:
         result["host"], result["dtw"] = (statistics.median(share) for share in zip(*host))
     return result
@@ -237,11 +243,14 @@ def row_of(result: dict, methods: list[str]) -> str:
     cells = [f"{result['pair']:16}", f"{result['student_tokens']:6}", f"{result['teacher_tokens']:6}"]
     for method in methods:
         ratio = f" ({times[method] / times['FKD']:.2f})" if "FKD" in methods else ""
-        cells.append(f"{times[method]:7.3f}{ratio:>7}")
+        cells.append(f"{1000 * times[method]:8.1f}{ratio:>7}")
+    cells.append(f"{1000 * times['torch CE']:8.1f}")
     if "CDM" in methods:
         cells.append(f"{times['CDM, KD alone'] / times['FKD, KD alone']:8.2f}")
         cells += [f"{result['host']:6.1%}", f"{result['dtw']:6.1%}"]
     cells.append(f"{result['oracle']:8.1f}" if result.get("oracle") else f"{'–':>8}")
+    if "peak" in result:
+        cells.append("  peak: " + ", ".join(f"{name} {result['peak'][name]:.2f}" for name in methods))
     return "  ".join(cells)
 
 
@@ -252,6 +261,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=ONE_A_SCRIPT, choices=ONE_A_SCRIPT)
     parser.add_argument("--alignment", default="dtw", choices=["dtw", "byte"], help="CDM's")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' logits")
+    add_device_argument(parser)
     parser.add_argument("--repeats", type=int, default=7, help="times each is measured (default: 7)")
     parser.add_argument("--oracle_max", type=int, default=128, help="student tokens up to which the oracle runs")
     parser.add_argument("--mappers", type=Path, default=Path("outputs/benchmark_mappers"), help="they are kept there")
@@ -261,8 +271,9 @@ def main() -> None:
         sys.exit("Set CDM_REAL_DIR to a folder with tokenizers/ and data/.")
     arguments.mappers.mkdir(parents=True, exist_ok=True)
     methods = arguments.methods
-    print(f"{torch.get_num_threads()} threads, {arguments.dtype}; seconds (ratio to FKD)")
-    headers = [f"{'pair':16}", "tokens", " teach", *(f"{method:>14}" for method in methods)]
+    where = f"{torch.get_num_threads()} threads" if arguments.device == "cpu" else arguments.device
+    print(f"{where}, {arguments.dtype}; milliseconds (ratio to FKD)")
+    headers = [f"{'pair':16}", "tokens", " teach", *(f"{method:>15}" for method in methods), "torch CE"]
     headers += ["KD alone", "  host", "   dtw"] if "CDM" in methods else []
     print("  ".join([*headers, "  oracle"]))
     results = []
@@ -270,7 +281,7 @@ def main() -> None:
         pair = Pair(Path(os.environ["CDM_REAL_DIR"]), name, arguments.mappers)
         for n_tokens in arguments.lengths:
             dtype = getattr(torch, arguments.dtype)
-            result = measure(pair, n_tokens, arguments.repeats, dtype, methods, arguments.alignment)
+            result = measure(pair, n_tokens, arguments.repeats, dtype, methods, arguments.alignment, arguments.device)
             if n_tokens <= arguments.oracle_max:
                 result["oracle"] = oracle_seconds(pair, n_tokens)
             print(row_of(result, methods), flush=True)

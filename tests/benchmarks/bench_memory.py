@@ -31,6 +31,7 @@ from modeling.losses.logits import ChunkedLogits, Logits
 from modeling.models.output_head import OutputHead
 from modeling.text import batch as batches
 from modeling.text.alignment import Groups, same_index_rows
+from tests.benchmarks.device import add_device_argument, wait_for
 from tests.methods import METHODS, ONE_A_SCRIPT, Mappers
 
 QWEN2, PHI3 = 151_936, 32_064
@@ -121,11 +122,11 @@ def measure_from_hidden(
 
 def peak_bytes(device: str, reset: bool = False) -> int:
     """The most memory that was in use at any time; since the last reset, on an accelerator."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
+    if device != "cpu":
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
+            torch.accelerator.reset_peak_memory_stats()
+        return torch.accelerator.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--logits_chunk", type=int, default=0, help="compare whole logits with so many rows at a time")
     parser.add_argument("--hidden", type=int, default=896, help="with --logits_chunk (default: 896, as Qwen2-0.5B's)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' logits")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    add_device_argument(parser)
     arguments = parser.parse_args()
     common = {"n_rows": arguments.rows, "n_student": QWEN2, "dtype": arguments.dtype, "device": arguments.device}
     itemsize = getattr(torch, arguments.dtype).itemsize

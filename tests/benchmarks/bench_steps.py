@@ -1,11 +1,16 @@
-"""How long a training step of CDM takes, to one of forward KL with a teacher of the student's width.
+"""How long a training step of each method takes, to one of plain fine-tuning and one of forward KL.
 
-    CDM_REAL_DIR=… python -m tests.benchmarks.bench_steps [--steps 15] [--hidden 256] [--layers 4]
+    CDM_REAL_DIR=… python -m tests.benchmarks.bench_steps [--methods SFT FKD CDM] [--steps 15]
+    CDM_REAL_DIR=… python -m tests.benchmarks.bench_steps --device cuda --student_size 0.5b --teacher_size 3.8b \
+        --batch_size 8 --bf16
 
-The real scripts, on real rows (Dolly), with random models of one transformer size and real vocabularies: the student
-and FKD's teacher have Qwen2's (151,936 columns), CDM's teacher Phi-3's (32,064). The larger the transformers, the less
-the losses matter: these are small. Both scripts run in turns, each in a process of its own, and print the median of
-their steps; the first ones are left out.
+The real scripts, on real rows (Dolly), with random models of the given sizes and real vocabularies: the student and a
+teacher with its tokenizer have Qwen2's (151,936 columns), a teacher with another one Phi-3's (32,064). The larger the
+transformers, the less the losses matter; `tiny`, the default, suits a CPU. The scripts run in turns, each in a process
+of its own, and print the median of their steps; the first ones are left out.
+
+    teacher   the teacher's forward alone, of the same steps
+    over      the step to (teacher's forward + a step of SFT): 1 is a loss that costs nothing
 """
 
 import argparse
@@ -19,44 +24,36 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from get_vocab_mapper.builders import build_em
-from get_vocab_mapper.mapper_file import save_mapper
-from get_vocab_mapper.token_forms import token_forms
 from modeling.text.rows import alpaca_prompt
+from script_train.methods import Method, methods
+from tests.benchmarks.device import add_device_argument
 
-ROOT = Path(__file__).parents[2]
 COLUMNS = {"phi-3": 32_064, "qwen2": 151_936}
+# hidden, intermediate, layers, heads, key-value heads; as Qwen2's and Phi-3's of these sizes
+SIZES = {
+    "tiny": (256, 1024, 4, 4, 2),
+    "0.5b": (896, 4864, 24, 14, 2),
+    "1.5b": (1536, 8960, 28, 12, 2),
+    "3.8b": (3072, 8192, 32, 32, 32),
+}
 WARM_UP = 3
-# Runs a script with its arguments, and prints the seconds of each training step.
-TIMED = """
-import json, runpy, sys, time
-from transformers import Trainer
-step, seconds = Trainer.training_step, []
-def timed(*args, **kwargs):
-    start = time.perf_counter()
-    loss = step(*args, **kwargs)
-    seconds.append(time.perf_counter() - start)
-    return loss
-Trainer.training_step = timed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("SECONDS", json.dumps(seconds))
-"""
 
 
-def save_model(folder: Path, tokenizer, columns: int, hidden: int, layers: int) -> Path:
+def save_model(folder: Path, tokenizer, columns: int, size: str) -> Path:
+    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=columns,
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        initializer_range=0.1,
+        initializer_range=0.1 if size == "tiny" else 0.02,
+        dtype="float32" if size == "tiny" else "bfloat16",
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(config.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -70,44 +67,27 @@ def write_rows(source: Path, output: Path, count: int) -> Path:
     return output
 
 
-def step_seconds(script: str, **arguments) -> float:
-    flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-c", TIMED, str(ROOT / "modeling" / script), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("SECONDS "))
-    return statistics.median(json.loads(line.removeprefix("SECONDS "))[WARM_UP:])
+class Bench:
+    """Models and rows in a folder, and the command lines of the scripts on them."""
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15, help=f"the first {WARM_UP} do not count (default: 15)")
-    parser.add_argument("--turns", type=int, default=3, help="runs of each script (default: 3)")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the transformers (default: 256)")
-    parser.add_argument("--layers", type=int, default=4, help="their layers (default: 4)")
-    parser.add_argument("--batch_size", type=int, default=2, help="examples a step (default: 2)")
-    arguments = parser.parse_args()
-    if "CDM_REAL_DIR" not in os.environ:
-        sys.exit("Set CDM_REAL_DIR to a folder with tokenizers/ and data/.")
-    real = Path(os.environ["CDM_REAL_DIR"])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    def __init__(self, folder: Path, arguments: argparse.Namespace):
+        real = Path(os.environ["CDM_REAL_DIR"])
         tokenizers = {name: AutoTokenizer.from_pretrained(real / "tokenizers" / name) for name in COLUMNS}
-        sizes = {"hidden": arguments.hidden, "layers": arguments.layers}
-        models = {
-            role: save_model(folder / role, tokenizers[name], COLUMNS[name], **sizes)
-            for role, name in (("student", "qwen2"), ("same", "qwen2"), ("other", "phi-3"))
+        roles = {"student": ("qwen2", "student"), "same": ("qwen2", "teacher"), "any": ("phi-3", "teacher")}
+        wanted = {"student", *(method.pair for method in chosen(arguments.methods))} & set(roles)
+        self.models = {
+            role: save_model(folder / role, tokenizers[name], COLUMNS[name], getattr(arguments, f"{side}_size"))
+            for role, (name, side) in roles.items()
+            if role in wanted
         }
-        mapper = folder / "em.safetensors"
-        forms = [token_forms(tokenizers[name]) for name in ("phi-3", "qwen2")]
-        save_mapper(build_em(*forms, progress=False), mapper)
-        common = {
-            "model_name_or_path": models["student"],
-            "train_file": write_rows(real / "data/dolly/databricks-dolly-15k.jsonl", folder / "rows.json", 200),
+        self.common = {
+            "model_name_or_path": self.models["student"],
+            "train_file": write_rows(real / "data/dolly/databricks-dolly-15k.jsonl", folder / "rows.json", 400),
             "output_dir": folder / "output",
             "do_train": True,
-            "use_cpu": True,
+            "use_cpu": arguments.device == "cpu",
+            "bf16": arguments.bf16,
+            "dtype": "float32",
             "max_steps": arguments.steps,
             "per_device_train_batch_size": arguments.batch_size,
             "save_strategy": "no",
@@ -115,22 +95,96 @@ def main() -> None:
             "disable_tqdm": True,
             "resume_from_checkpoint": False,
         }
-        runs = {
-            "FKD": ("run_clm_llms_fkd.py", {"teacher_path": models["same"]}),
-            "CDM": (
-                "run_clm_distill_CDM.py",
-                {"teacher_path": models["other"], "teacher_to_student_id_mapping": mapper},
-            ),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(arguments.turns):
-            for name, (script, own) in runs.items():
-                seconds[name].append(step_seconds(script, **common, **own))
-            fkd, cdm = seconds["FKD"][-1], seconds["CDM"][-1]
-            print(f"turn {turn + 1}: FKD {fkd:.3f} s, CDM {cdm:.3f} s, ratio {cdm / fkd:.2f}", flush=True)
-        ratio = statistics.median(c / f for c, f in zip(seconds["CDM"], seconds["FKD"]))
-        print(f"median ratio {ratio:.2f}")
+
+    def command(self, method: Method, module: str, *further: str) -> list[str]:
+        flags = dict(self.common)
+        if method.pair != "none":
+            flags["teacher_path"] = self.models[method.pair]
+        arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        return [sys.executable, "-m", module, "--run", *further, str(method.script), *arguments]
+
+
+def result_of(command: list[str]) -> dict:
+    """What a process prints behind RESULT."""
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))
+
+
+def chosen(names: list[str]) -> list[Method]:
+    return [method for method in methods() if method.name in names]
+
+
+def timed_run(script: str) -> None:
+    """Runs a script with its arguments, and prints the seconds of each step and of the teacher's part in it."""
+    import runpy
+
+    from transformers import Trainer
+
+    from modeling.training.trainer import DistillationTrainer
+    from tests.benchmarks.device import seconds
+
+    took: dict[str, list[float]] = {"step": [], "teacher": []}
+
+    def timed(name, function):
+        def call(self, *args, **kwargs):
+            result = []
+            took[name].append(seconds(lambda: result.append(function(self, *args, **kwargs)), self.args.device.type))
+            return result[0]
+
+        return call
+
+    if os.environ.get("CDM_BENCH") == "teacher":  # waiting for it would slow the step
+        DistillationTrainer.teacher_logits = timed("teacher", DistillationTrainer.teacher_logits)
+    else:
+        Trainer.training_step = timed("step", Trainer.training_step)
+    sys.argv = [script, *sys.argv[sys.argv.index(script) + 1 :]]
+    runpy.run_path(script, run_name="__main__")
+    print("RESULT", json.dumps({name: statistics.median(t[WARM_UP:]) if t else 0.0 for name, t in took.items()}))
+
+
+def arguments_of(description: str, steps: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [method.name for method in methods()]
+    parser.add_argument("--methods", nargs="+", default=["SFT", "FKD", "CDM"], choices=names)
+    parser.add_argument("--steps", type=int, default=steps, help=f"the first {WARM_UP} do not count (default: {steps})")
+    parser.add_argument("--student_size", default="tiny", choices=SIZES, help="default: tiny")
+    parser.add_argument("--teacher_size", default="tiny", choices=SIZES, help="default: tiny")
+    parser.add_argument("--batch_size", type=int, default=2, help="examples a step (default: 2)")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    add_device_argument(parser)
+    if "CDM_REAL_DIR" not in os.environ:
+        sys.exit("Set CDM_REAL_DIR to a folder with tokenizers/ and data/.")
+    return parser
+
+
+def main() -> None:
+    parser = arguments_of(__doc__, steps=15)
+    parser.add_argument("--turns", type=int, default=3, help="runs of each script (default: 3)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(Path(temporary), arguments)
+        times: dict[str, list[float]] = {}
+        for _ in range(arguments.turns):
+            for method in chosen(arguments.methods):
+                command = bench.command(method, "tests.benchmarks.bench_steps")
+                times.setdefault(method.name, []).append(result_of(command)["step"])
+        print(f"{'method':8}  {'step':>9}  {'teacher':>9}  {'to FKD':>6}  {'over':>5}")
+        step = {name: statistics.median(values) for name, values in times.items()}
+        for method in chosen(arguments.methods):
+            os.environ["CDM_BENCH"] = "teacher"
+            teacher = result_of(bench.command(method, "tests.benchmarks.bench_steps"))["teacher"]
+            del os.environ["CDM_BENCH"]
+            took = step[method.name]
+            cells = [f"{method.name:8}", f"{1000 * took:6.0f} ms", f"{1000 * teacher:6.0f} ms"]
+            cells.append(f"{took / step['FKD']:6.2f}" if "FKD" in step else f"{'–':>6}")
+            cells.append(f"{took / (teacher + step['SFT']):5.2f}" if "SFT" in step else f"{'–':>5}")
+            print("  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    if "--run" in sys.argv:
+        timed_run(sys.argv[sys.argv.index("--run") + 1])
+    else:
+        main()

@@ -23,7 +23,8 @@ from modeling.losses.logits import loss_memory
 from tests.benchmarks.bench_memory import PHI3, QWEN2, step
 from tests.methods import METHODS
 
-ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+# What computes nothing on a device.
+NO_WORK = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "_local_scalar_dense", "promote_types")
 
 
 class Operations(TorchDispatchMode):
@@ -48,7 +49,7 @@ class Operations(TorchDispatchMode):
         given = {_key(t) for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if not function.is_view and name not in ALLOCATIONS and name not in ("detach", "_local_scalar_dense", "promote_types"):
+        if not function.is_view and name not in NO_WORK:
             self.counts[name] += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (key := _key(tensor)) not in given and key not in self._known:
@@ -67,7 +68,9 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def count(method: str, n_rows: int, gib: float, dtype: torch.dtype, widths: tuple[int, int] = (QWEN2, PHI3)) -> Operations:
+def count(
+    method: str, n_rows: int, gib: float, dtype: torch.dtype, widths: tuple[int, int] = (QWEN2, PHI3)
+) -> Operations:
     """One step of a method's loss with an accelerator's chunks.
 
     Args:
