@@ -83,7 +83,7 @@ def _is_after(data, starts, k, text, start, stop):
 
 @njit(cache=True, nogil=True)
 def _links(data, starts):
-    """Of each form: the first of those that are equal to it, and the first of its longest proper prefix, −1 for none."""
+    """Of each form: the first of those equal to it, and the first of its longest proper prefix, −1 for none."""
     n = len(starts) - 1
     first, prefix = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int32)
     for k in range(n):
@@ -108,11 +108,10 @@ def _slice(data, starts, text):
         while low < high:
             middle = (low + high) // 2
             common = _common(data, starts[middle], starts[middle + 1], text, 0, len(text))
-            if common == len(text):  # it begins with the text: behind the lower border, before the upper one
-                before = side == 1
-            else:
-                before = not _is_after(data, starts, middle, text, 0, len(text))
-            if before:
+            # What begins with the text is behind the lower border, and before the upper one.
+            begins = common == len(text)
+            is_before = side == 1 if begins else not _is_after(data, starts, middle, text, 0, len(text))
+            if is_before:
                 low = middle + 1
             else:
                 high = middle

@@ -12,8 +12,9 @@ p^T_i = softmax(z^T_i/τ) is the teacher's prediction there.
 2. Target.    φ(r) is the longest student token that r begins with (in boundary rows the PrefixEM mapper, and the end of
               sequence of one side is that of the other). q_j[u] = Σ_{v: φ(r(v)) = u} weight(v), and what goes to no
               student token is one more category, ⊥: q_j[⊥] = 1 − Σ_u q_j[u]. So are special tokens.
-3. Spanning.  Where s_j reaches over the end of t_i, x moves from q_j[φ(r(t_i))] to q_j[s_j]: the probability of t_i, of
-              each following teacher token within s_j, and of all tokens that begin with what is left of s_j in the last.
+3. Spanning.  Where s_j reaches over the end of t_i, x moves from q_j[φ(r(t_i))] to q_j[s_j]: the weight of t_i, times
+              the probabilities of the teacher tokens behind it that s_j holds, times that of all tokens that begin with
+              what is left of s_j in the last one it touches.
 4. Loss.      p_j = softmax(z^S_j/τ) over the u with q_j[u] > 0, and ⊥ for all others.
 
 A student token of spaces and tabs alone is not distilled (--mask_whitespace): with it, code collapses, the authors say.
@@ -122,7 +123,8 @@ def bpm_losses(
         weight, of_said = p[row, token], p.gather(1, moved[:, :1])
         mass = p.new_zeros(len(p)).index_add_(0, row, weight)  # π
         scale = torch.where(interior, 1 / mass.clamp(min=LEAST_MASS), 1.0)
-        p.mul_(~interior[:, None])
+        if len(row):
+            p.mul_(~interior[:, None])
         q = p.new_zeros(len(p), nothing + 1).scatter_add_(1, phi.expand(len(p), -1), p)
         q.view(-1).index_add_(0, row * (nothing + 1) + target[entry], weight * scale[row])  # step 2
 

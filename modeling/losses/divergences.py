@@ -67,7 +67,7 @@ FLOOR = 1e-12  # of a target's probability in a logarithm
 def jsd_to_target_rows(
     target: Tensor, logits: Tensor, columns: Tensor, beta: float, temperature: float = 1.0
 ) -> Tensor:
-    """τ² · JSD_β(q ‖ p) of every row, p = softmax(logits / τ), over the tokens with q > 0 and one category for the rest.
+    """τ² · JSD_β(q ‖ p) of every row, p = softmax(logits / τ), over the tokens with q > 0 and one for the rest.
 
     JSD_β(q ‖ p) = β KL(q ‖ m) + (1 − β) KL(p ‖ m) with m = βq + (1 − β)p, the generalised Jensen-Shannon divergence
     (GKD, arXiv 2306.13649, equation 1). β = 0 is KL(q ‖ p), and β = 1 is KL(p ‖ q) with q floored at `FLOOR`.
@@ -118,7 +118,7 @@ class _JSDToTarget(torch.autograd.Function):
 
 
 def _jsd_terms(p: Tensor, log_p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`[r]`: JSD_β summed over the categories `[r, c]`; `[r, c]`: p times its derivative by p (but for p times a constant).
+    """`[r]`: JSD_β over categories `[r, c]`; `[r, c]`: p times its derivative by p (but for p times a constant).
 
     Where q is 0, p is too, and `log_p` may be anything.
     """

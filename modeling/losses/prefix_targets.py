@@ -64,8 +64,8 @@ def chain_probabilities(teacher: Logits, rows: PrefixRows, temperature: float) -
     It is the product over the row's chain of `links`, of the probability that their tokens have together, with
     p = softmax(teacher / τ).
     """
-    links, dtype = rows.links, float_dtype(teacher)
-    probability, picked = torch.zeros(len(links.rows), dtype=dtype, device=teacher.device), PickedRows(teacher, links.rows)
+    links, picked = rows.links, PickedRows(teacher, rows.links.rows)
+    probability = torch.zeros(len(links.rows), dtype=float_dtype(teacher), device=teacher.device)
     for at, _ in chunks_with_buffers(teacher, 0, n_rows=len(links.rows)):
         p = softmax_rows(picked[at], temperature)
         link, entry = links.entries(at.start, at.stop)

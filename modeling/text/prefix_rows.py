@@ -1,9 +1,9 @@
 """Which of the teacher's predictions speaks of each student token, by the bytes of the response.
 
-A student token begins at byte `a`, inside some teacher token or where one begins. Beside the row of logits that predicts
-that teacher token, this needs sets of teacher tokens: those that begin with the bytes which the teacher token has before
-`a`, and, where the student token reaches over its end, those that begin with what is left in the last one it touches.
-All of it depends on the text alone, and is found by prefix search in the data loader's workers.
+A student token begins at byte `a`, inside some teacher token or where one begins. Beside the row of logits that
+predicts that teacher token, there are sets of teacher tokens: those that begin with the bytes which that token has
+before `a`; and, where the student token reaches over its end, those that begin with what is left in the last one it
+touches. All of it depends on the text alone, and is found by prefix search in the data loader's workers.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class PrefixRows:
     """How the R_S student tokens of a batch lie in the teacher's.
 
     Attributes:
-        teacher_row: int64 `[R_S]`, the row of the teacher token that covers a student token's first byte. −1 where there
-            is none; in the last group of a text that was cut, where it covers other bytes on the two sides; and in
-            an interior or spanning row whose tokens a normaliser has changed, so that they do not tell their bytes.
+        teacher_row: int64 `[R_S]`, the row of the teacher token that covers a student token's first byte. −1 where
+            there is none; in the last group of a text that was cut, where it covers other bytes on the two sides; and
+            in an interior or spanning row whose tokens a normaliser has changed, so that they do not tell their bytes.
         white_space: bool `[R_S]`: is the student token made of spaces and tabs alone?
         interior, spanning: bool `[R_S]`, of rows with a teacher row: does the student token begin inside that teacher
             token, does it reach over its end?
@@ -100,6 +100,13 @@ def _map(fields, function):
     return replace(fields, **{name: function(value) for name, value in vars(fields).items() if torch.is_tensor(value)})
 
 
+def boundary_rows(teacher_row: np.ndarray) -> PrefixRows:
+    """Of text that both sides split alike: every token begins and ends with its `teacher_row`, int64 `[R_S]`."""
+    found, no, nowhere = _Found(), np.zeros(len(teacher_row), dtype=bool), np.full(len(teacher_row), -1)
+    found.add(teacher_row, no, no, no, nowhere, nowhere)
+    return found.rows()
+
+
 class PrefixRowFinder:
     """Finds the `PrefixRows` of batches of one pair of tokenizers."""
 
@@ -126,9 +133,8 @@ class PrefixRowFinder:
 
     def _find(self, batch: _Found, teacher_ids, student_ids, teacher_ends, student_ends, first_row: int) -> None:
         """Adds one response, whose first teacher token is row `first_row`."""
-        (t_start, t_fits), (s_start, s_fits) = (
-            _starts(*side) for side in ((self.teacher, teacher_ids, teacher_ends), (self.student, student_ids, student_ends))
-        )
+        t_start, t_fits = _starts(self.teacher, teacher_ids, teacher_ends)
+        s_start, s_fits = _starts(self.student, student_ids, student_ends)
         at = np.searchsorted(teacher_ends, s_start, side="right")
         inside = at < len(teacher_ids)
         at[~inside] = 0
@@ -162,7 +168,7 @@ class PrefixRowFinder:
         return (self.teacher_search.order[lo:hi],)
 
     def _continued(self, prefix: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher tokens that begin with `prefix` and are longer, and the student token that each rest begins with."""
+        """The teacher tokens that begin with `prefix` and are longer, and where the rest of each goes."""
         if prefix not in self.states:
             if len(self.states) == KEPT_STATES:
                 self.states.clear()
@@ -177,7 +183,7 @@ class PrefixRowFinder:
 
 
 def _starts(encoder: Encoder, ids: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(starts, fits)`, `[n]` each: where in the response each token begins, and whether its form is the bytes it covers.
+    """`(starts, fits)`, `[n]` each: where each token begins, and whether its form is as long as what it covers.
 
     The first token may begin before the response, where it stands astride the prompt's end.
     """
