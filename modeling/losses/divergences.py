@@ -62,6 +62,7 @@ class _KL(torch.autograd.Function):
 
 
 FLOOR = 1e-12  # of a target's probability in a logarithm
+REST_FLOOR = 1e-6  # of what is left of 1: a sum of many float32 probabilities is no more exact
 
 
 def jsd_to_target_rows(
@@ -75,7 +76,7 @@ def jsd_to_target_rows(
     Args:
         target: float32 `[r, C + 1]`, q: probabilities of the tokens `columns`, and in the last column of the rest; a
             constant.
-        logits: `[r, V]`. The rest's p is what is left of 1.
+        logits: `[r, V]`. The rest's p is what is left of 1, or `REST_FLOOR` where that is less.
         columns: int64 `[C]`. A token may stand there twice, where no row has a q > 0 in both places.
         beta: 0 to 1.
         temperature: τ > 0, of the logits; the target is taken as it is.
@@ -98,11 +99,13 @@ class _JSDToTarget(torch.autograd.Function):
         normaliser = torch.logsumexp(z, dim=-1)
         log_p = z.index_select(1, columns).sub_(normaliser[:, None])
         p = log_p.exp().masked_fill_(q <= 0, 0.0)
-        rest_p = (1 - p.sum(-1)).clamp(min=torch.finfo(p.dtype).eps)
+        left = 1 - p.sum(-1)
+        rest_p = left.clamp(min=REST_FLOOR)
         value, of_p = _jsd_terms(p, log_p, q, beta)
         rest_value, of_rest = _jsd_terms(*(x[:, None] for x in (rest_p, rest_p.log(), rest_q)), beta)
         if ctx.needs_input_grad[0]:
-            share, total = of_rest.squeeze(1) / rest_p, of_p.sum(-1) + of_rest.squeeze(1)
+            of_rest = of_rest.squeeze(1) * (left > REST_FLOOR)
+            share, total = of_rest / rest_p, of_p.sum(-1) + of_rest
             of_p = torch.addcmul(of_p, p, share[:, None], value=-1)
             ctx.temperature = temperature
             ctx.save_for_backward(logits, columns, normaliser, share - total, of_p)

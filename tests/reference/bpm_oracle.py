@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LEAST_MASS = 1e-9
+REST_FLOOR = 1e-6  # of p[⊥]
 
 
 @dataclass
@@ -104,17 +105,13 @@ def target(teacher: Side, student: Side, z_teacher: Tensor, j: int, temperature:
         for v in taking_part:
             weight[v], goes_to[v] = p[v] / mass, phi(teacher.forms[v][len(c) :])
     else:
-        for v in range(len(p)):
-            weight[v] = p[v]
-            if v == teacher.eos:
-                goes_to[v] = student.eos
-            elif teacher.special[v] or not teacher.forms[v]:
-                goes_to[v] = None
-            else:
-                goes_to[v] = phi(teacher.forms[v])
+        if "boundary" not in memo:
+            memo["boundary"] = {v: phi(teacher.forms[v]) for v in memo["candidates"]} | {teacher.eos: student.eos}
+        weight, goes_to = dict(enumerate(p)), memo["boundary"]
     q: dict[int | None, float] = {None: 0.0}
-    for v, u in goes_to.items():
-        q[u] = q.get(u, 0.0) + weight[v]
+    for v, mass in weight.items():
+        u = goes_to.get(v)  # other special tokens go nowhere
+        q[u] = q.get(u, 0.0) + mass
 
     said = teacher.ids[i]
     reaches_over = reaches_over and said in weight
@@ -125,8 +122,9 @@ def target(teacher: Side, student: Side, z_teacher: Tensor, j: int, temperature:
         for k in range(i + 1, last):
             x *= memo["p"][k][teacher.ids[k]]
         x *= sum(memo["p"][last][v] for v in memo["candidates"] if teacher.forms[v].startswith(left))
-        x = min(x, q[goes_to[said]])
-        q[goes_to[said]] -= x
+        source = goes_to.get(said)
+        x = min(x, q[source])
+        q[source] -= x
         q[student.ids[j]] = q.get(student.ids[j], 0.0) + x
     rest = q.pop(None)
     return Row(q, rest, interior, reaches_over)
@@ -178,7 +176,7 @@ def bpm(
         p = softmax(z_student[j], temperature)
         ids = [u for u, mass in row.q.items() if mass > 0]
         of_ids = p[ids]
-        rest = 1 - of_ids.sum()
+        rest = (1 - of_ids.sum()).clamp(min=REST_FLOOR)
         q = torch.tensor([*(row.q[u] for u in ids), row.rest], dtype=torch.float64)
         values.append(temperature**2 * jsd(q, torch.cat([of_ids, rest[None]]), beta))
     return torch.stack(values), sums
