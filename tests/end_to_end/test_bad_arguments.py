@@ -210,10 +210,16 @@ def test_a_threshold_above_the_mappers(rig, refused):
     assert message.endswith("--simi_threshold 0.5")
 
 
-def test_mined_wants_its_own_kind(rig, refused):
-    message = refused("MinED", teacher_to_student_id_mapping=rig.em)
-    for part in (f"{rig.em} is of the kind 'em'", "'mined'", "get_vocab_mapper/get_MinED_mapper.py"):
+@pytest.mark.parametrize(("method", "kind", "script"), [("MinED", "mined", "MinED"), ("BPM", "prefixem", "prefixEM")])
+def test_a_method_wants_its_own_kind(rig, refused, method, kind, script):
+    message = refused(method, teacher_to_student_id_mapping=rig.em)
+    for part in (f"{rig.em} is of the kind 'em'", f"'{kind}'", f"get_vocab_mapper/get_{script}_mapper.py"):
         assert part in message
+
+
+@pytest.mark.parametrize("beta", ["-0.1", "1.1", "nan"])
+def test_a_beta_that_is_no_share(refused, beta):
+    assert f"--beta is {beta}: give a number from 0 (forward KL) to 1 (reverse KL)" in refused("BPM", beta=beta)
 
 
 @pytest.mark.parametrize("method", ["FKD", "RKD"])

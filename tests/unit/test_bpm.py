@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from get_vocab_mapper.builders import build_prefixem
 from get_vocab_mapper.token_forms import TokenForms
+from modeling.losses import logits
 from modeling.losses.logits import ChunkedLogits
 from modeling.models.output_head import OutputHead
 from modeling.run_clm_bpm import boundary_map, bpm_losses
 from modeling.text.batch import ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
 from tests.reference import bpm_oracle
-from tests.unit.helpers import assert_same, random_logits
+from tests.unit.helpers import Made, assert_same, random_logits
 from tests.unit.test_rigs import batches, cases
 from tests.unit.tokenizer_zoo import load_real, real_dir
 
@@ -154,7 +155,7 @@ def test_rows_are_found_in_time(real):
 # --------------------------------------------------------------------------------------------------------- by hand
 
 
-class Made(Encoder):
+class Vocabulary(Encoder):
     """A vocabulary given as bytes; EOS is its last token."""
 
     def __init__(self, *forms: bytes):
@@ -191,7 +192,7 @@ def forward_kl(q, p):
 
 def test_an_interior_row_by_hand():
     """The student writes `a` `b`, the teacher `ab`: at `b`, what goes on from `a` counts, `ab` and `ac`."""
-    teacher, student = Made(b"ab", b"ac", b"b", b"a"), Made(b"a", b"b", b"x")
+    teacher, student = Vocabulary(b"ab", b"ac", b"b", b"a"), Vocabulary(b"a", b"b", b"x")
     of_teacher = [[0.3, 0.1, 0.4, 0.1, 0.1], [0.2, 0.2, 0.2, 0.2, 0.2]]
     of_student = [[0.5, 0.2, 0.2, 0.1]] * 3
     losses, rows = losses_by_hand(teacher, [b"ab"], student, [b"a", b"b"], of_teacher, of_student, beta=0.0)
@@ -210,7 +211,7 @@ def test_an_interior_row_by_hand():
 
 @pytest.mark.parametrize("spanning", [True, False])
 def test_a_token_over_two_and_over_three_teacher_tokens_by_hand(spanning):
-    teacher, student = Made(b"a", b"b", b"bc", b"c", b"cd"), Made(b"a", b"ab", b"abc", b"c")
+    teacher, student = Vocabulary(b"a", b"b", b"bc", b"c", b"cd"), Vocabulary(b"a", b"ab", b"abc", b"c")
     p = [0.3, 0.2, 0.1, 0.15, 0.05, 0.2]
     of_student = [[0.3, 0.2, 0.2, 0.2, 0.1]] * 2
     # `ab` is `a`, and then whatever begins with b; a boundary row: 0.3 · (0.2 + 0.1) moves from a to ab.
@@ -234,7 +235,7 @@ def test_a_token_over_two_and_over_three_teacher_tokens_by_hand(spanning):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_row_of_white_space_by_hand(masked):
-    teacher, student = Made(b" ", b"a"), Made(b" \t", b" ", b"a")
+    teacher, student = Vocabulary(b" ", b"a"), Vocabulary(b" \t", b" ", b"a")
     losses, rows = losses_by_hand(
         *(teacher, [b" ", b"a"], student, [b" ", b"a"], [[0.5, 0.3, 0.2]] * 3, [[0.1, 0.4, 0.3, 0.2]] * 3),
         beta=0.0,
@@ -248,7 +249,7 @@ def test_a_row_of_white_space_by_hand(masked):
 
 def test_mass_that_has_nowhere_to_go_by_hand():
     """No student token begins `z`, and the teacher's special tokens are nothing but its own: all of it is ⊥."""
-    teacher, student = Made(b"z", b"a"), Made(b"a", b"b")
+    teacher, student = Vocabulary(b"z", b"a"), Vocabulary(b"a", b"b")
     losses, _ = losses_by_hand(
         *(teacher, [b"a"], student, [b"a"], [[0.9, 0.05, 0.05]] * 2, [[0.6, 0.3, 0.1]] * 2), beta=0.5
     )
@@ -260,7 +261,7 @@ def test_mass_that_has_nowhere_to_go_by_hand():
 
 def test_what_the_teacher_rules_out_is_dropped_by_hand():
     """An interior row whose teacher says that no token goes on so."""
-    teacher, student = Made(b"ab", b"b"), Made(b"a", b"b")
+    teacher, student = Vocabulary(b"ab", b"b"), Vocabulary(b"a", b"b")
     losses, _ = losses_by_hand(
         *(teacher, [b"ab"], student, [b"a", b"b"], [[1e-12, 0.7, 0.3], [0.2, 0.3, 0.5]], [[0.4, 0.4, 0.2]] * 3)
     )
@@ -271,7 +272,7 @@ def test_what_the_teacher_rules_out_is_dropped_by_hand():
 
 def test_the_end_of_a_text_by_hand():
     """EOS is a row like any other. A cut text has none, and tokens that no longer end together are dropped."""
-    teacher, student = Made(b"a", b"bc"), Made(b"a", b"b", b"c")
+    teacher, student = Vocabulary(b"a", b"bc"), Vocabulary(b"a", b"b", b"c")
     of_teacher, of_student = [[0.3, 0.3, 0.4]] * 3, [[0.25, 0.25, 0.25, 0.25]] * 4
     losses, rows = losses_by_hand(
         *(teacher, [b"a", b"bc"], student, [b"a", b"b", b"c"], of_teacher, of_student), beta=0.0
@@ -288,8 +289,24 @@ def test_the_end_of_a_text_by_hand():
 
 def test_tokens_astride_the_prompts_end():
     """The teacher's first token holds the prompt's last space, the student's does not: an interior row."""
-    teacher, student = Made(b" a", b" b", b"a"), Made(b"a", b"b")
+    teacher, student = Vocabulary(b" a", b" b", b"a"), Vocabulary(b"a", b"b")
     example = {"row": 1, **student.columns("", [b"a"], True), **teacher.columns("teacher_", [b" a"], True)}
     example["teacher_byte_ends"] = np.array([1, 2], dtype=np.int32)
     rows = ResponseCollator(student, teacher, "prefix")([example]).prefix_rows
     assert rows.interior.tolist() == [True, False] and rows.continued.tokens.tolist() == [0, 1]
+
+
+def test_few_operations_at_512_tokens(pair, monkeypatch):
+    """On an accelerator, where chunks are large, small kernels are what takes time: forward and backward, CE included."""
+    monkeypatch.setattr(logits, "CPU_ROWS", 220)
+    examples = (pair.prepared("BPM", slice(7)) * 3)[:17]
+    batch = pair.collator("BPM")(examples)
+    assert (
+        512 <= len(batch.student.labels) <= 660 and len(batch.prefix_rows.links.rows) and len(batch.prefix_rows.target)
+    )
+    student = random_logits(len(batch.student.labels), len(pair.student.forms), requires_grad=True)
+    teacher = random_logits(len(batch.teacher.labels), len(pair.teacher.forms), seed=1)
+    boundary = pair.mappers.boundary
+    with Made() as made:
+        bpm_losses(student, teacher, batch, boundary).mean().backward()
+    assert len(made.shapes) <= 600
