@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from get_vocab_mapper.mapper import DEFAULT_THRESHOLD, Direction, Side, VocabMapper, check_threshold
 from get_vocab_mapper.near_strings import nearest_strings, similar_strings
+from get_vocab_mapper.prefix_search import PrefixSearch
 from get_vocab_mapper.token_forms import ROLES, TokenForms
 
 
@@ -81,12 +82,9 @@ def build_prefixem(
     where several share that form. Special and empty student tokens are no candidates. Arguments as for `build_em`.
     """
     pair = _Pair(teacher_forms, student_forms)
-    id_of_form = _preferred_ids(student_forms, ~student_forms.is_special)
     static = pair.exact.to_student.copy()
-    for v in _unmatched(teacher_forms, static):
-        form = teacher_forms.forms[v]
-        prefixes = (form[:length] for length in range(len(form) - 1, 0, -1))
-        static[v] = next((id_of_form[prefix] for prefix in prefixes if prefix in id_of_form), -1)
+    queries = _unmatched(teacher_forms, static)
+    static[queries] = PrefixSearch(student_forms).longest_of_each([teacher_forms.forms[v][:-1] for v in queries])
     # All that map to one student token share the whole of it, so among them preference alone decides.
     no_cost = np.zeros(len(teacher_forms), dtype=np.int64)
     return pair.mapper("prefixem", pair.with_inverse(static, no_cost), threshold, progress)

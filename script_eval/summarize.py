@@ -71,7 +71,10 @@ CURVES = (
     ("ce_loss", "Cross-entropy (CE)"),
     ("kd_loss", "KD, each method's own"),
     ("mapped_rate", "Mapped rate"),
+    ("residual_mass", "Residual mass"),
+    ("dropped", "Not distilled"),
 )
+SHARES = ("mapped_rate", "residual_mass", "dropped")  # of 1; the others are nats
 
 
 # -------------------------------------------------------------------------------------------------- finding the runs
@@ -405,6 +408,8 @@ def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path
         axis.grid(alpha=0.3)
         if key == "mapped_rate":
             axis.set_ylim(0, 1.02)
+        if key in SHARES:
+            axis.set_ylabel("share")
         else:
             axis.set_ylabel("nats per response token")
     legend_below(figure, handles)

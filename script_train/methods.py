@@ -31,7 +31,7 @@ class Method:
         script: the Python file that trains by it.
         shell: the shell file with its settings.
         pair: the teachers that it takes: `none`, `same` (those with the student's tokenizer) or `any`.
-        mapper_kind: the vocabulary mapper that it needs (`em`, `MinED`), or None.
+        mapper_kind: the vocabulary mapper that it needs (`em`, `MinED`, `prefixEM`), or None.
         order: its place in tables.
     """
 

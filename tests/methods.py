@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from get_vocab_mapper.mapper import VocabMapper
+from modeling.losses.prefix_targets import MovedTokens
 from modeling.losses.result import Losses
+from modeling.run_clm_bpm import BPMTrainer, bpm_losses
 from modeling.run_clm_distill_CDM import CDMTrainer, cdm_losses
 from modeling.run_clm_llms_fkd import FKDTrainer, fkd_losses
 from modeling.run_clm_llms_rkd import RKDTrainer, rkd_losses
@@ -23,6 +25,7 @@ class Mappers:
 
     em: VocabMapper | None = None
     static: Tensor | None = None  # MinED's φ
+    boundary: MovedTokens | None = None  # BPM's
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ METHODS = {
     "ULD": Method(ULDTrainer, lambda s, t, batch, m, **o: uld_losses(s, t, batch, **o), "index"),
     "MinED": Method(MinEDTrainer, lambda s, t, batch, m, **o: mined_losses(s, t, batch, m.static, **o), "dtw"),
     "CDM": Method(CDMTrainer, _cdm, "entropy_dtw"),
+    "BPM": Method(BPMTrainer, lambda s, t, batch, m, **o: bpm_losses(s, t, batch, m.boundary, **o), "prefix"),
     "CDM, byte": Method(CDMTrainer, _cdm, "byte"),
 }
 ONE_A_SCRIPT = [name for name in METHODS if name != "CDM, byte"]

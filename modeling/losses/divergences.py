@@ -4,6 +4,8 @@ A row function takes rows of logits, `[r, V]`, and gives `[r]`, each row from it
 floating dtype (float64 stays float64).
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -80,6 +82,88 @@ def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
     values = log_ratio.clamp_(max=_LARGEST).mul_(p).sum(-1)
     # Only a ratio of ∞ makes a sum so large.
     return values.masked_fill_(values > 1e9, torch.inf)
+
+
+FLOOR = 1e-12  # of a target's probability in a logarithm
+REST_FLOOR = 1e-6  # of what is left of 1: a sum of many float32 probabilities is no more exact
+
+
+def jsd_to_target_rows(
+    target: Tensor, logits: Tensor, columns: Tensor, beta: float, temperature: float = 1.0
+) -> Tensor:
+    """τ² · JSD_β(q ‖ p) of every row, p = softmax(logits / τ), over the tokens with q > 0 and one for the rest.
+
+    JSD_β(q ‖ p) = β KL(q ‖ m) + (1 − β) KL(p ‖ m) with m = βq + (1 − β)p, the generalised Jensen-Shannon divergence
+    (GKD, arXiv 2306.13649, equation 1). β = 0 is KL(q ‖ p), and β = 1 is KL(p ‖ q) with q floored at `FLOOR`.
+
+    Args:
+        target: float32 `[r, C + 1]`, q: probabilities of the tokens `columns`, and in the last column of the rest; a
+            constant.
+        logits: `[r, V]`. The rest's p is what is left of 1, or `REST_FLOOR` where that is less.
+        columns: int64 `[C]`. A token may stand there twice, where no row has a q > 0 in both places.
+        beta: 0 to 1.
+        temperature: τ > 0, of the logits; the target is taken as it is.
+
+    Returns:
+        float32 `[r]`, in nats.
+    """
+    return _JSDToTarget.apply(as_float(logits), target, columns, beta, temperature)
+
+
+class _JSDToTarget(torch.autograd.Function):
+    """Written out, as `_KL` is: of all that is a vocabulary wide there is one normaliser, and one gradient.
+
+    With G = p · ∂JSD/∂p of each category, ∂JSD/∂z = (G − p ΣG) / τ; a token of the rest has its share of the rest's G.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, columns, beta, temperature):
+        z, q, rest_q = _divided(logits, temperature), target[:, :-1], target[:, -1]
+        normaliser = torch.logsumexp(z, dim=-1)
+        log_p = z.index_select(1, columns).sub_(normaliser[:, None])
+        p = log_p.exp().masked_fill_(q <= 0, 0.0)
+        left = 1 - p.sum(-1)
+        rest_p = left.clamp(min=REST_FLOOR)
+        value, of_p = _jsd_terms(p, log_p, q, beta)
+        rest_value, of_rest = _jsd_terms(*(x[:, None] for x in (rest_p, rest_p.log(), rest_q)), beta)
+        if ctx.needs_input_grad[0]:
+            of_rest = of_rest.squeeze(1) * (left > REST_FLOOR)
+            share, total = of_rest / rest_p, of_p.sum(-1) + of_rest
+            of_p = torch.addcmul(of_p, p, share[:, None], value=-1)
+            ctx.temperature = temperature
+            ctx.save_for_backward(logits, columns, normaliser, share - total, of_p)
+        return (value + rest_value) * temperature**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        logits, columns, normaliser, share, of_columns = ctx.saved_tensors
+        of_z = torch.sub(_divided(logits, ctx.temperature), normaliser[:, None]).exp_().mul_(share[:, None])
+        of_z.index_add_(1, columns, of_columns).mul_(ctx.temperature * gradient[:, None])
+        return of_z, None, None, None, None
+
+
+def _jsd_terms(p: Tensor, log_p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`[r]`: JSD_β over categories `[r, c]`; `[r, c]`: p times its derivative by p (but for p times a constant).
+
+    Where q is 0, p is too, and `log_p` may be anything.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    log_p = log_p.clamp(min=math.log(tiny))  # a token that p rules out: 0 · −∞ is NaN
+    if beta == 1:
+        of_p = (log_p - q.clamp(min=FLOOR).log_()).mul_(p)
+        return of_p.sum(-1), of_p
+    log_q = q.clamp(min=tiny).log_()
+    if beta == 0:
+        return torch.linalg.vecdot(q, log_q.sub_(log_p)), -q
+    log_m = torch.lerp(p, q, beta).clamp_(min=tiny).log_()
+    of_p = log_p.sub_(log_m).mul_(p).mul_(1 - beta)
+    return torch.linalg.vecdot(q, log_q.sub_(log_m)).mul_(beta).add_(of_p.sum(-1)), of_p
+
+
+def softmax_rows(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 `[r, V]`: softmax(logits / τ)."""
+    return torch.softmax(_divided(as_float(logits), temperature), dim=-1)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:

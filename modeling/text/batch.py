@@ -7,6 +7,7 @@ For B examples of which some have a response, R_S student and R_T teacher respon
     batch.groups                    aligned groups, with `alignment="byte"` or "dtw"
     batch.token_distances           edit distances of each example, with "entropy_dtw", whose weights wait for logits
     batch.index_rows                int64 [R_S], with "index": the teacher row of the same index in the response, or −1
+    batch.prefix_rows               with "prefix": the teacher row of each student token by its bytes, and prefix sets
 
 An example without a response token takes part in the models' forward passes and in nothing else.
 """
@@ -26,8 +27,9 @@ from torch import Tensor
 from modeling.errors import InputError
 from modeling.text.alignment import Groups, byte_groups, dtw_groups, same_index_rows
 from modeling.text.encoder import Encoder
+from modeling.text.prefix_rows import PrefixRowFinder, PrefixRows
 
-Alignment = Literal["index", "byte", "dtw", "entropy_dtw"]
+Alignment = Literal["index", "byte", "dtw", "entropy_dtw", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Batch:
     groups: Groups | None = None
     token_distances: list[TokenDistances] | None = None
     index_rows: Tensor | None = None
+    prefix_rows: PrefixRows | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its tensors on a device."""
@@ -136,6 +139,7 @@ class Batch:
             teacher=self.teacher and self.teacher.map(function),
             groups=groups,
             index_rows=None if self.index_rows is None else function(self.index_rows),
+            prefix_rows=self.prefix_rows and self.prefix_rows.map(function),
         )
 
 
@@ -149,6 +153,7 @@ class ResponseCollator:
 
     def __init__(self, student: Encoder, teacher: Encoder | None = None, alignment: Alignment | None = None):
         self.student, self.teacher, self.alignment = student, teacher, alignment
+        self.find_prefix_rows = PrefixRowFinder(student, teacher) if alignment == "prefix" and teacher else None
 
     def __call__(self, examples: list[dict]) -> Batch:
         student = Side.of(examples, "", self.student.pad_id)
@@ -168,6 +173,8 @@ class ResponseCollator:
         if self.alignment == "index":
             pairs = list(zip(teacher.lengths, student.lengths))
             return replace(batch, index_rows=torch.from_numpy(same_index_rows(pairs)))
+        if self.alignment == "prefix":
+            return replace(batch, prefix_rows=self.find_prefix_rows(student, teacher))
         ends = list(zip(teacher.byte_ends, student.byte_ends))
         if self.alignment == "byte":
             return replace(batch, groups=Groups.of(ends, [byte_groups(*pair) for pair in ends]))

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from get_vocab_mapper.builders import build_em, build_mined
+from get_vocab_mapper.builders import BUILDERS
 from get_vocab_mapper.mapper import VocabMapper
 from get_vocab_mapper.mapper_file import load_mapper, save_mapper
 from get_vocab_mapper.token_forms import TokenForms
@@ -42,6 +42,7 @@ from modeling.losses.divergences import kl_rows
 from modeling.losses.logits import entropy
 from modeling.losses.mapping import contextual_kl
 from modeling.losses.rows import StudentRows
+from modeling.run_clm_bpm import boundary_map
 from modeling.text.alignment import Groups
 from modeling.text.batch import Batch, ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
@@ -76,8 +77,7 @@ class Pair:
         """Built once, and then read from the folder of mappers."""
         file = self.mappers / f"{self.teacher_name}-to-{self.student_name}.{kind}.safetensors"
         if not file.exists():
-            build = {"em": build_em, "mined": build_mined}[kind]
-            save_mapper(build(self.teacher.forms, self.student.forms), file)
+            save_mapper(BUILDERS[kind](self.teacher.forms, self.student.forms), file)
         return load_mapper(file, self.teacher.forms, self.student.forms, threshold=0.3 if kind == "em" else 0.0)
 
     def example(self, n_tokens: int, teacher: Encoder) -> dict:
@@ -145,6 +145,7 @@ def measure(
     mappers = Mappers(
         pair.mapper("em") if "CDM" in methods else None,
         torch.from_numpy(pair.mapper("mined").to_student.static).long().to(device) if "MinED" in methods else None,
+        boundary_map(pair.mapper("prefixem"), pair.student, pair.teacher) if "BPM" in methods else None,
     )
 
     def loss_of(name: str) -> Callable[[], Tensor]:

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from get_vocab_mapper.mapper import Direction, Side, VocabMapper
 from modeling.losses.logits import ChunkedLogits, Logits
+from modeling.losses.prefix_targets import MovedTokens
 from modeling.models.output_head import OutputHead
 from modeling.text import batch as batches
 from modeling.text.alignment import Groups, same_index_rows
+from modeling.text.prefix_rows import boundary_rows
 from tests.benchmarks.device import add_device_argument, wait_for
 from tests.methods import METHODS, ONE_A_SCRIPT, Mappers
 
@@ -53,6 +55,7 @@ def batch(n_rows: int, alignment: batches.Alignment | None) -> batches.Batch:
         "byte": {"groups": Groups.of([(places + 1, places + 1)], [(places, places)])},
         "dtw": {"groups": Groups.of([(places + 1, places + 1)], [batches.equal_weight_groups(distances)])},
         "entropy_dtw": {"token_distances": [distances]},
+        "prefix": {"prefix_rows": boundary_rows(places)},
     }
     return batches.Batch(side, side, rows=[1], n_bytes=[n_rows], **more.get(alignment, {}))
 
@@ -65,7 +68,8 @@ def mappers(n_student: int, n_teacher: int, device: str) -> Mappers:
         static = np.where(np.arange(size) < other, np.arange(size), -1).astype(np.int32)
         ways.append(Direction(static, np.zeros(size + 1, np.int32), *none))
         sides.append(Side("same ids", size, ""))
-    return Mappers(VocabMapper("em", 0.3, *sides, *ways), torch.from_numpy(ways[0].static).long().to(device))
+    static = torch.from_numpy(ways[0].static).long().to(device)
+    return Mappers(VocabMapper("em", 0.3, *sides, *ways), static, MovedTokens.of(static, n_student))
 
 
 def step(method: str, student: Logits, teacher: Logits, leaves: list[Tensor]) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ from get_vocab_mapper.builders import BUILDERS
 from get_vocab_mapper.mapper_file import FORMAT_VERSION, save_mapper
 from get_vocab_mapper.token_forms import token_forms
 from modeling import (
+    run_clm_bpm,
     run_clm_distill_CDM,
     run_clm_llms_fkd,
     run_clm_llms_rkd,
@@ -45,6 +46,7 @@ MAIN = {
     "ULD": run_clm_uld.main,
     "MinED": run_clm_MinED.main,
     "CDM": run_clm_distill_CDM.main,
+    "BPM": run_clm_bpm.main,
 }
 CONTEXT = 1024  # of the small models
 POISON = "Zürich"  # stands in one row alone, POISON_ROW
@@ -61,12 +63,13 @@ def rig(tmp_path_factory):
         same=tiny_llama(folder / "same", student, len(student), hidden=16, layers=1, seed=3),
         em=folder / "em.safetensors",
         mined=folder / "mined.safetensors",
+        prefixem=folder / "prefixem.safetensors",
         train=folder / "train.json",
     )
     forms = [token_forms(tokenizer) for tokenizer in (teacher, student)]
     for side, name in zip(forms, ("teacher", "student")):
         object.__setattr__(side, "name", str(folder / name))
-    for kind in ("em", "mined"):
+    for kind in BUILDERS:
         save_mapper(BUILDERS[kind](*forms, progress=False), folder / f"{kind}.safetensors")
     texts = [text for text in SAMPLE_TEXTS if POISON not in text]
     rows = [{"prefix": f"Say {i}: ", "text": text} for i, text in enumerate(texts[:5], 1)]
@@ -97,8 +100,9 @@ def call(rig, monkeypatch, capsys, tmp_path):
         }
         if method != "SFT":
             arguments["teacher_path"] = rig.same if method in ("FKD", "RKD") else rig.teacher
-        if method in ("CDM", "MinED"):
-            arguments["teacher_to_student_id_mapping"] = rig.em if method == "CDM" else rig.mined
+        mapper = {"CDM": rig.em, "MinED": rig.mined, "BPM": rig.prefixem}
+        if method in mapper:
+            arguments["teacher_to_student_id_mapping"] = mapper[method]
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**{**arguments, **changes}), *words])
         capsys.readouterr()
         status = 0
@@ -206,10 +210,16 @@ def test_a_threshold_above_the_mappers(rig, refused):
     assert message.endswith("--simi_threshold 0.5")
 
 
-def test_mined_wants_its_own_kind(rig, refused):
-    message = refused("MinED", teacher_to_student_id_mapping=rig.em)
-    for part in (f"{rig.em} is of the kind 'em'", "'mined'", "get_vocab_mapper/get_MinED_mapper.py"):
+@pytest.mark.parametrize(("method", "kind", "script"), [("MinED", "mined", "MinED"), ("BPM", "prefixem", "prefixEM")])
+def test_a_method_wants_its_own_kind(rig, refused, method, kind, script):
+    message = refused(method, teacher_to_student_id_mapping=rig.em)
+    for part in (f"{rig.em} is of the kind 'em'", f"'{kind}'", f"get_vocab_mapper/get_{script}_mapper.py"):
         assert part in message
+
+
+@pytest.mark.parametrize("beta", ["-0.1", "1.1", "nan"])
+def test_a_beta_that_is_no_share(refused, beta):
+    assert f"--beta is {beta}: give a number from 0 (forward KL) to 1 (reverse KL)" in refused("BPM", beta=beta)
 
 
 @pytest.mark.parametrize("method", ["FKD", "RKD"])

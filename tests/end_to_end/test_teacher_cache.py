@@ -31,6 +31,7 @@ SCRIPTS = {
     "ULD": "run_clm_uld",
     "MinED": "run_clm_MinED",
     "CDM": "run_clm_distill_CDM",
+    "BPM": "run_clm_bpm",
     "two teachers": "run_clm_distill_CDM",
 }
 
@@ -47,7 +48,7 @@ def bench(tmp_path_factory):
     ):
         tiny_llama(folder / name, tokenizer, len(tokenizer) + padding, layers=1, seed=seed)
     forms = token_forms(teacher), token_forms(student)
-    for kind in ("em", "mined"):
+    for kind in BUILDERS:
         save_mapper(BUILDERS[kind](*forms, progress=False), folder / f"{kind}.safetensors")
     rows = json.loads((ROOT / "data/dolly_train.sample.json").read_text())
     rows = [{"prefix": row["prefix"][-70:], "text": row["text"][:60]} for row in rows]  # short: there are many runs
@@ -75,8 +76,9 @@ def arguments(bench: Path, method: str, output: Path, **changes) -> list[str]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if method in ("MinED", "CDM", "two teachers"):
-        given["teacher_to_student_id_mapping"] = bench / f"{'mined' if method == 'MinED' else 'em'}.safetensors"
+    mapper = {"MinED": "mined", "CDM": "em", "BPM": "prefixem", "two teachers": "em"}
+    if method in mapper:
+        given["teacher_to_student_id_mapping"] = bench / f"{mapper[method]}.safetensors"
     if method == "two teachers":
         given["same_tokenizer_teacher_path"] = bench / "same"
     return flags(**{**given, **changes})

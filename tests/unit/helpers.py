@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from get_vocab_mapper.builders import build_em, build_mined
+from get_vocab_mapper.builders import build_em, build_mined, build_prefixem
 from get_vocab_mapper.mapper import Direction, Side, VocabMapper
 from modeling.losses.logits import ChunkedLogits
 from modeling.losses.mapping import group_topk
 from modeling.models.output_head import OutputHead
+from modeling.run_clm_bpm import boundary_map
 from modeling.text.alignment import Groups
 from modeling.text.batch import ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
@@ -144,10 +145,10 @@ class Pair:
 
     @cached_property
     def mappers(self) -> Mappers:
-        em, mined = (
-            build(self.teacher.forms, self.student.forms, progress=False) for build in (build_em, build_mined)
-        )
-        return Mappers(em, torch.from_numpy(mined.to_student.static).long())
+        builders = build_em, build_mined, build_prefixem
+        em, mined, prefixem = (build(self.teacher.forms, self.student.forms, progress=False) for build in builders)
+        static = torch.from_numpy(mined.to_student.static).long()
+        return Mappers(em, static, boundary_map(prefixem, self.student, self.teacher))
 
     def collator(self, method: str) -> ResponseCollator:
         if method == "SFT":
@@ -172,6 +173,8 @@ def make_trainer(method, pair, folder, temperature=2.0, **arguments):
         options |= {"kd_alpha": 0.3, "kd_temperature": temperature}
     if method == "MinED":
         options["static"] = pair.mappers.static
+    if method == "BPM":
+        options["boundary"] = pair.mappers.boundary
     if METHODS[method].alignment in ("entropy_dtw", "byte"):
         options |= {"mapper": pair.mappers.em, "topk": 20}
     trainer = METHODS[method].trainer(

@@ -426,6 +426,7 @@ def test_values_in_a_json_file_that_look_like_flags(required, tmp_path):
         ("uld", "ULD", "1.0"),
         ("MinED", "MinED", "2.0"),
         ("distill_CDM", "CDM", "1.0"),
+        ("bpm", "BPM", "1.0"),
     ],
 )
 def test_help_states_the_method_and_its_defaults(monkeypatch, capsys, script, name, temperature):

@@ -14,7 +14,7 @@ from tests.unit.helpers import without_response
 from tests.unit.tokenizer_zoo import load_real
 
 TEXTS = [("Q: one\nA: ", "yes"), ("Q: another one\nA: ", "no, the naïve 😀 is  not")]
-ALIGNMENTS = (None, "index", "byte", "dtw", "entropy_dtw")
+ALIGNMENTS = (None, "index", "byte", "dtw", "entropy_dtw", "prefix")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_bytes_of_a_text_that_was_cut(encoders):
 
 def test_what_each_alignment_adds(encoders):
     batches = {alignment: collated(encoders, alignment) for alignment in ALIGNMENTS}
-    added = {"index_rows": "index", "token_distances": "entropy_dtw"}
+    added = {"index_rows": "index", "token_distances": "entropy_dtw", "prefix_rows": "prefix"}
     for name, alignment in added.items():
         assert [a for a, batch in batches.items() if getattr(batch, name) is not None] == [alignment]
     assert [a for a, batch in batches.items() if batch.groups is not None] == ["byte", "dtw"]

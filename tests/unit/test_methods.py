@@ -266,7 +266,7 @@ def test_sides_that_predict_nothing(pair, method):
     _, student, teacher = logits_for(pair, method, batch)
     losses = METHODS[method].losses(student * 0 + 2.5, teacher * 0 - 1.5, batch, pair.mappers)
     assert losses.ce.tolist() == pytest.approx([math.log(student.shape[1])] * len(student), rel=1e-5)
-    if method not in ("SFT", "ULD", "MinED"):
+    if method not in ("SFT", "ULD", "MinED", "BPM"):  # tokens that are grouped are not equally probable
         torch.testing.assert_close(losses.kd, torch.zeros_like(losses.kd), rtol=0, atol=1e-6)
 
 

@@ -64,7 +64,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def test_every_script_of_a_method_is_declared_once():
-    assert [method.name for method in methods()] == ["SFT", "FKD", "RKD", "ULD", "MinED", "CDM"]
+    assert [method.name for method in methods()] == ["SFT", "FKD", "RKD", "ULD", "MinED", "CDM", "BPM"]
     assert {method.script for method in methods()} == set((ROOT / "modeling").glob("run_clm_*.py"))
     assert {method.name for method in methods() if method.pair == "same"} == {"FKD", "RKD"}
 
