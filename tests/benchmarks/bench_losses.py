@@ -40,6 +40,7 @@ from modeling.losses.divergences import kl_rows
 from modeling.losses.logits import entropy
 from modeling.losses.mapping import contextual_kl
 from modeling.losses.rows import StudentRows
+from modeling.run_clm_alm import boundary_tokens
 from modeling.text.alignment import Groups
 from modeling.text.batch import Batch, ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
@@ -142,9 +143,12 @@ def measure(pair: Pair, n_tokens: int, repeats: int, dtype: torch.dtype, methods
         False: given_logits(teacher_labels, pair.width("teacher"), 1, dtype),
         True: given_logits(labels, pair.width("student"), 2, dtype),
     }
+    sides = pair.teacher, pair.student
     mappers = Mappers(
-        pair.mapper("em") if "CDM" in methods else None,
+        pair.mapper("em") if {"CDM", "Strict", "GOLD", "SimCT"} & set(methods) else None,
         torch.from_numpy(pair.mapper("mined").to_student.static).long() if "MinED" in methods else None,
+        tuple(side.forms.is_special for side in sides),
+        tuple(torch.from_numpy(boundary_tokens(side.forms, [side.eos_id])) for side in sides),
     )
 
     def loss_of(name: str) -> Callable[[], Tensor]:
