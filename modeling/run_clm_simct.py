@@ -58,14 +58,17 @@ def simct_losses(
     groups = batch.groups
     rows, said = StudentRows(student, batch.student.labels), StudentRows(teacher, batch.teacher.labels)
 
-    def over_shared(student: Tensor, teacher: Tensor) -> Tensor:
-        s, t = student.index_select(1, shared.student), as_float(teacher.index_select(1, shared.teacher))
-        sums = ((z / temperature).logsumexp(-1) for z in (s, t))
+    def over_shared(student: Tensor, teacher: Tensor, label: Tensor, teacher_label: Tensor) -> Tensor:
+        sides = (student, label, shared.student), (as_float(teacher), teacher_label, shared.teacher)
+        s, t = (z.index_select(1, ids) for z, _, ids in sides)
+        own = (z.gather(1, ids[:, None]) for z, ids, _ in sides)  # what ln p is told from: small numbers stay exact
+        sums = (((z - z_own) / temperature).logsumexp(-1) for z, z_own in zip((s, t), own))
         return torch.stack([kl_rows(s, t, temperature), *sums], dim=1)
 
     first = torch.full_like(groups.student.group, -1)
     first = first.index_copy(0, groups.student.first_row, groups.teacher.first_row)  # [R_S]: teacher rows
-    kl, *sums = rows.read(over_shared, PickedRows(teacher, first))[groups.student.first_row].unbind(1)
+    labels = rows.labels, said.labels[first.clamp(min=0)]
+    kl, *sums = rows.read(over_shared, PickedRows(teacher, first), *labels)[groups.student.first_row].unbind(1)
     # The candidates are V∩ as a whole and the group: KL(π^S ‖ π^T) is that between the two, plus that within V∩.
     (log_v, log_g), (teacher_log_v, teacher_log_g) = (
         _log_shares(*side, temperature) for side in ((rows, groups.student, sums[0]), (said, groups.teacher, sums[1]))
@@ -87,11 +90,10 @@ def _log_shares(rows: StudentRows, side: GroupedSide, log_sum: Tensor, temperatu
     Args:
         rows: of a side.
         side: its tokens in the groups.
-        log_sum: `[G]`, ln Σ over V∩ of exp(z / τ) at each group's first row.
+        log_sum: `[G]`, ln Σ over V∩ of exp((z − z[own token]) / τ) at each group's first row.
         temperature: τ.
     """
-    normaliser = rows.columns(rows.labels[:, None]).squeeze(1) + rows.ce  # ln Σ exp(z) of every row
-    log_v = log_sum - normaliser[side.first_row] / temperature
+    log_v = log_sum - rows.ce[side.first_row] / temperature
     log_g = -side.sums(rows.ce) / side.size / temperature
     total = torch.logaddexp(log_v, log_g)
     return log_v - total, log_g - total

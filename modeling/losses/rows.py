@@ -79,10 +79,8 @@ class StudentRows:
         Args:
             columns: int64 `[c]`, distinct, c ≥ 1.
         """
-        weights = torch.zeros(self.logits.shape[1], dtype=float_dtype(self.logits), device=self.logits.device)
-        weights[columns] = 1
-        sums = torch.empty(len(self), dtype=weights.dtype, device=weights.device)
-        self._walk(mass=(weights, sums))
+        sums = torch.empty(len(self), dtype=float_dtype(self.logits), device=self.logits.device)
+        self._walk(mass=(columns, sums))
         # Of a mass too small for a float32, the smallest one.
         read = _Mass(columns, sums.clamp_(min=torch.finfo(sums.dtype).tiny))
         return _Reading.apply(self._anchor, self._shared.new(read), sums.log() - self._shared.total.log())
@@ -123,7 +121,7 @@ class StudentRows:
     ) -> Tensor | None:
         """One pass: what `read` makes of the rows; the entropies, into their tensor; what the cross-entropy needs.
 
-        `mass`: weights `[V]`, and where Σ_v weight · exp(z_v − largest) of each row goes, `[R]`.
+        `mass`: columns, and where Σ exp(z − largest) over them goes, of each row.
         """
         shared, values = self._shared, None
         first = shared.total is None
@@ -140,7 +138,7 @@ class StudentRows:
                 shared.largest[at], shared.total[at] = normaliser
                 shared.label_logits[at] = rows.gather(1, self.labels[at, None]).squeeze(1)
             if mass is not None:
-                torch.mv(buffers[0], mass[0], out=mass[1][at])
+                mass[1][at] = buffers[0].index_select(1, mass[0]).sum(-1)  # (a product would be less exact)
             if read is not None:
                 part = read(as_float(rows), at)
                 if values is None:

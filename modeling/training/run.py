@@ -145,8 +145,8 @@ class Run:
         pairs = mapper.mutual_pairs(None if special else tuple(forms.is_special for forms in sides))
         if not len(pairs[0]):
             raise InputError(
-                f"The tokenizers {sides[0].name!r} and {sides[1].name!r} share no token, and this method compares shared "
-                "ones. Take a method that needs no vocabulary mapper."
+                f"The tokenizers {sides[0].name!r} and {sides[1].name!r} share no token, and this method compares the "
+                "shared ones. Take one that needs no vocabulary mapper."
             )
         return pairs
 

@@ -31,7 +31,12 @@ SCRIPTS = {
     "ULD": "run_clm_uld.py",
     "MinED": "run_clm_MinED.py",
     "CDM": "run_clm_distill_CDM.py",
+    "Strict": "run_clm_strict.py",
+    "GOLD": "run_clm_gold.py",
+    "SimCT": "run_clm_simct.py",
+    "ALM": "run_clm_alm.py",
 }
+MAPPERS = {"MinED": "MinED", "CDM": "em", "Strict": "em", "GOLD": "em", "SimCT": "em"}
 WAYS = ("plain", "torchrun 2", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 STEPS, ROWS_A_STEP = 4, 16
 
@@ -54,7 +59,7 @@ class Bench:
         tiny_llama(self.folder / "student", byte_level, len(byte_level) + 40, seed=1)
         tiny_llama(self.folder / "same tokenizer", byte_level, len(byte_level) + 8, seed=2)
         tiny_llama(self.folder / "other tokenizer", sentencepiece, len(sentencepiece) + 16, seed=3)
-        for kind in ("em", "MinED"):
+        for kind in dict.fromkeys(MAPPERS.values()):
             run_script(
                 f"get_vocab_mapper/get_{kind}_mapper.py",
                 *("--teacher", str(self.folder / "other tokenizer"), "--student", str(self.folder / "student")),
@@ -88,9 +93,8 @@ class Bench:
             arguments["teacher_path"] = self.folder / "same tokenizer"
         elif script != "SFT":
             arguments["teacher_path"] = self.folder / "other tokenizer"
-        if script in ("MinED", "CDM"):
-            mapper = self.folder / f"{'MinED' if script == 'MinED' else 'em'}.safetensors"
-            arguments["teacher_to_student_id_mapping"] = mapper
+        if script in MAPPERS:
+            arguments["teacher_to_student_id_mapping"] = self.folder / f"{MAPPERS[script]}.safetensors"
         if way.startswith("ZeRO"):
             arguments["deepspeed"] = self.folder / f"zero{way[-1]}.json"
         launch = launcher(ranks, deepspeed=way.startswith("ZeRO"))

@@ -27,11 +27,15 @@ from get_vocab_mapper.builders import BUILDERS
 from get_vocab_mapper.mapper_file import FORMAT_VERSION, save_mapper
 from get_vocab_mapper.token_forms import token_forms
 from modeling import (
+    run_clm_alm,
     run_clm_distill_CDM,
+    run_clm_gold,
     run_clm_llms_fkd,
     run_clm_llms_rkd,
     run_clm_MinED,
     run_clm_sft,
+    run_clm_simct,
+    run_clm_strict,
     run_clm_uld,
 )
 from modeling.models.language_model import LanguageModel
@@ -45,6 +49,10 @@ MAIN = {
     "ULD": run_clm_uld.main,
     "MinED": run_clm_MinED.main,
     "CDM": run_clm_distill_CDM.main,
+    "Strict": run_clm_strict.main,
+    "GOLD": run_clm_gold.main,
+    "SimCT": run_clm_simct.main,
+    "ALM": run_clm_alm.main,
 }
 CONTEXT = 1024  # of the small models
 POISON = "Zürich"  # stands in one row alone, POISON_ROW
@@ -97,8 +105,8 @@ def call(rig, monkeypatch, capsys, tmp_path):
         }
         if method != "SFT":
             arguments["teacher_path"] = rig.same if method in ("FKD", "RKD") else rig.teacher
-        if method in ("CDM", "MinED"):
-            arguments["teacher_to_student_id_mapping"] = rig.em if method == "CDM" else rig.mined
+        if method in ("CDM", "MinED", "Strict", "GOLD", "SimCT"):
+            arguments["teacher_to_student_id_mapping"] = rig.mined if method == "MinED" else rig.em
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**{**arguments, **changes}), *words])
         capsys.readouterr()
         status = 0

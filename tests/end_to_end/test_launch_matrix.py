@@ -10,7 +10,13 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("matrix")).make()
 
 
-@pytest.mark.parametrize(("script", "way"), [("ULD", "torchrun 2"), ("MinED", "ZeRO-3"), ("RKD", "ZeRO-1")])
+@pytest.mark.parametrize(
+    ("script", "way"),
+    [
+        *(("ULD", "torchrun 2"), ("MinED", "ZeRO-3"), ("RKD", "ZeRO-1")),
+        *(("Strict", "ZeRO-2"), ("GOLD", "torchrun 2"), ("SimCT", "ZeRO-3"), ("ALM", "torchrun 2")),
+    ],
+)
 def test_distributed_equals_plain_and_resumed_equals_uninterrupted(bench, script, way):
     plain, whole = uninterrupted_losses(bench, script, "plain"), uninterrupted_losses(bench, script, way)
     assert whole[0] == pytest.approx(plain[0], rel=1e-4)

@@ -6,7 +6,8 @@ from tests.end_to_end.rig import launcher, run_script, steps
 from tests.end_to_end.test_teacher_cache import arguments, bench, train, without_times  # noqa: F401
 
 BUILT, READ = "written: ", "The mapper is read from"
-FILES = {"CDM": "other-to-student.em.safetensors", "MinED": "other-to-student.mined.safetensors"}
+KINDS = {"CDM": "em", "MinED": "mined", "Strict": "em"}
+FILES = {method: f"other-to-student.{kind}.safetensors" for method, kind in KINDS.items()}
 
 
 @pytest.mark.parametrize("method", FILES)

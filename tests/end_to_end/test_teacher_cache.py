@@ -32,6 +32,10 @@ SCRIPTS = {
     "MinED": "run_clm_MinED",
     "CDM": "run_clm_distill_CDM",
     "two teachers": "run_clm_distill_CDM",
+    "Strict": "run_clm_strict",
+    "GOLD": "run_clm_gold",
+    "SimCT": "run_clm_simct",
+    "ALM": "run_clm_alm",
 }
 
 
@@ -75,7 +79,7 @@ def arguments(bench: Path, method: str, output: Path, **changes) -> list[str]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if method in ("MinED", "CDM", "two teachers"):
+    if method in ("MinED", "CDM", "two teachers", "Strict", "GOLD", "SimCT"):
         given["teacher_to_student_id_mapping"] = bench / f"{'mined' if method == 'MinED' else 'em'}.safetensors"
     if method == "two teachers":
         given["same_tokenizer_teacher_path"] = bench / "same"
