@@ -8,6 +8,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from get_vocab_mapper.builders import BUILDERS
+from get_vocab_mapper.mapper import VocabMapper
 from get_vocab_mapper.mapper_file import FORMAT_VERSION, save_mapper
 from get_vocab_mapper.token_forms import token_forms
 from modeling import (
@@ -218,6 +220,25 @@ def test_mined_wants_its_own_kind(rig, refused):
     message = refused("MinED", teacher_to_student_id_mapping=rig.em)
     for part in (f"{rig.em} is of the kind 'em'", "'mined'", "get_vocab_mapper/get_MinED_mapper.py"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "also"),
+    [
+        ("Strict", {"span_weight": 0.1}, "leave it out with --span_weight"),
+        *((method, {}, "leave it out: this method") for method in ("GOLD", "SimCT", "ALM")),
+    ],
+)
+def test_what_is_not_kept_of_a_teacher_cannot_be_read(refused, tmp_path, method, changes, also):
+    message = refused(method, teacher_cache=tmp_path / "cache", teacher_cache_topk=50, **changes)
+    assert message.startswith("--teacher_cache_topk is 50") and also in message and "the text's own tokens" in message
+
+
+def test_vocabularies_without_a_common_token(refused, rig, monkeypatch):
+    none = np.zeros(0, dtype=np.int64)
+    monkeypatch.setattr(VocabMapper, "mutual_pairs", lambda *_: (none, none))
+    for method in ("Strict", "SimCT", "GOLD"):
+        assert "share no token" in refused(method)
 
 
 @pytest.mark.parametrize("method", ["FKD", "RKD"])

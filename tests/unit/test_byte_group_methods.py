@@ -58,6 +58,7 @@ SETTINGS = {
         {"threshold": 0.0},
     ),
 }
+MAPPERS = {}
 EVERY = [(method, options) for method, settings in SETTINGS.items() for options in settings]
 TEXTS = {
     "accents": "A café in Zürich serves crème brûlée; “déjà vu”, said the naïve visitor.",
@@ -91,6 +92,13 @@ def losses_of(method, student, teacher, batch, sides, options):
 
 def em_mapper(teacher, student):
     """The static maps alone: the similar tokens of a real pair take minutes, and no method here reads them."""
+    key = id(teacher), id(student)
+    if key not in MAPPERS:
+        MAPPERS[key] = _em_mapper(teacher, student), teacher, student  # which keep their ids
+    return MAPPERS[key][0]
+
+
+def _em_mapper(teacher, student):
     static = exact_matches(teacher, student)
     ways = [
         Direction(way, np.zeros(len(way) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -137,7 +145,7 @@ def check(method, options, encoders, batch, teacher, student, tolerance=1e-5):
     assert losses.kd_sum().item() == pytest.approx(total.item(), rel=tolerance, abs=tolerance)
     for name, (number, count) in means.items():
         got, of = losses.means[name] if name in losses.means else (losses.parts[name], count)
-        assert float(got) == pytest.approx(number, rel=tolerance, abs=tolerance), name
+        assert torch.as_tensor(got).item() == pytest.approx(number, rel=tolerance, abs=tolerance), name
         assert float(of) == count, name
     assert set(means) | {"one_to_one"} == {*losses.means, *losses.parts, "one_to_one"}
     (gradient,) = torch.autograd.grad(losses.kd_sum(), student)
@@ -192,9 +200,9 @@ def test_real_tokenizers(teacher_name, student_name):
     """Every method with one setting after the other, over real texts, cut ones too."""
     encoders = encoder(teacher_name), encoder(student_name)
     for number, (name, text) in enumerate(responses().items()):
-        block_size = 1000 if number % 4 else 16  # cut
-        example = prepare_example({"row": 1, "prefix": "Say:\n", "text": text[:60]}, encoders[::-1], block_size)
-        assert example["cut"] == (block_size == 16), name
+        block_size = 1000 if number % 4 else 12  # cut
+        example = prepare_example({"row": 1, "prefix": "Say:\n", "text": text[:32]}, encoders[::-1], block_size)
+        assert example["cut"] == (block_size == 12), name
         batch = ResponseCollator(*encoders[::-1], "byte")([example])
         teacher, student = (
             random_logits(len(side.labels), len(e.forms), seed=number, dtype=torch.float64)
