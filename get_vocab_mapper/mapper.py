@@ -125,6 +125,23 @@ class VocabMapper:
         to_student, to_teacher = self.to_student.below(threshold), self.to_teacher.below(threshold)
         return replace(self, threshold=threshold, to_student=to_student, to_teacher=to_teacher)
 
+    def mutual_pairs(self, special: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that the map sends to each other in both directions: each stands in one pair at most.
+
+        Args:
+            special: bool [V_T] and [V_S] (`TokenForms.is_special`): pairs with such a token are left out. None keeps
+                all, those of equal roles (EOS …) too.
+
+        Returns:
+            int64 [n] each: teacher ids, growing, and the student id of each.
+        """
+        teacher_ids = np.flatnonzero(self.to_student.static >= 0)
+        student_ids = self.to_student.static[teacher_ids].astype(np.int64)
+        keep = self.to_teacher.static[student_ids] == teacher_ids
+        if special is not None:
+            keep &= ~(special[0][teacher_ids] | special[1][student_ids])
+        return teacher_ids[keep], student_ids[keep]
+
     def check_tokenizers(self, teacher_forms: TokenForms, student_forms: TokenForms, source: str) -> None:
         """Raises ValueError, naming the mapper's `source`, if either tokenizer is not the one that it was built for."""
         built_for, given = (self.teacher, self.student), (Side.of(teacher_forms), Side.of(student_forms))

@@ -71,10 +71,13 @@ CURVES = (
     ("ce_loss", "Cross-entropy (CE)"),
     ("kd_loss", "KD, each method's own"),
     ("mapped_rate", "Mapped rate"),
+    ("coverage", "Student tokens compared"),
+    ("topk_mass", "Probability compared"),
+    ("chunk_tokens", "Tokens of a chunk"),
     ("residual_mass", "Residual mass"),
     ("dropped", "Not distilled"),
 )
-SHARES = ("mapped_rate", "residual_mass", "dropped")  # of 1; the others are nats
+SHARES = ("mapped_rate", "coverage", "topk_mass", "residual_mass", "dropped")  # of 1
 
 
 # -------------------------------------------------------------------------------------------------- finding the runs
@@ -406,11 +409,11 @@ def draw_curves(methods: dict[str, list[Run]], look: dict[str, dict], path: Path
                     axis.plot(held_out.keys(), held_out.values(), "o", markersize=4, color=style["color"])
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if key == "mapped_rate":
+        if key in SHARES:
             axis.set_ylim(0, 1.02)
         if key in SHARES:
             axis.set_ylabel("share")
-        else:
+        elif key != "chunk_tokens":
             axis.set_ylabel("nats per response token")
     legend_below(figure, handles)
     figure.get_layout_engine().set(wspace=0.05)

@@ -213,14 +213,44 @@ def sorted_distance_rows(p_logits: Tensor, q_logits: Tensor, temperature: float 
     not over which tokens, so the vocabularies `[r, V]` and `[r, V']` need nothing in common. The shorter one is padded
     with zeros. The gradient is a subgradient: 0 where two probabilities are equal.
     """
-    q = _sorted_probabilities(q_logits, temperature)
-    p = _sorted_probabilities(p_logits, temperature)
-    n = min(p.shape[-1], q.shape[-1])
-    return (p[:, :n] - q[:, :n]).abs().sum(-1) + p[:, n:].sum(-1) + q[:, n:].sum(-1)
+    p, q, rest_p, rest_q = largest_and_rest(
+        *(torch.softmax(as_float(z) / temperature, -1) for z in (p_logits, q_logits))
+    )
+    return (p - q).abs().sum(-1) + rest_p + rest_q
 
 
-def _sorted_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return torch.softmax(_divided(as_float(logits), temperature), -1).sort(-1, descending=True).values
+def largest_and_rest(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sort↓(p), sort↓(q)` to the length c of the shorter, and the sums of what each side has beyond it: all that a
+    distance of sorted numbers ≥ 0 needs, where the shorter side is padded with zeros.
+
+    Args:
+        p, q: `[r, V]` and `[r, V']`.
+
+    Returns:
+        `[r, c]` twice and `[r]` twice.
+    """
+    c = min(p.shape[-1], q.shape[-1])
+    largest = [side.topk(c, dim=-1).values for side in (p, q)]
+    rests = [
+        side.sum(-1) - top.sum(-1) if side.shape[-1] > c else side.new_zeros(len(side))
+        for side, top in zip((p, q), largest)
+    ]
+    return *largest, *rests
+
+
+def jsd_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 `[r]`: τ² · (KL(p ‖ m) + KL(q ‖ m)) / 2, m = (p + q) / 2, of every row; p, q as in `kl_rows`."""
+    log_p, log_q = (torch.log_softmax(_divided(as_float(z), temperature), dim=-1) for z in (p_logits, q_logits))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    halves = (
+        torch.linalg.vecdot(log.exp(), (log - log_m).masked_fill(log == -torch.inf, 0.0)) for log in (log_p, log_q)
+    )
+    return temperature**2 / 2 * sum(halves)
+
+
+def log_likelihood_rows(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """float32 `[r]`: log softmax(logits / τ)[label] of every row."""
+    return torch.log_softmax(_divided(as_float(logits), temperature), dim=-1).gather(1, labels[:, None]).squeeze(1)
 
 
 def moved_distribution_rows(teacher_logits: Tensor, static: Tensor, vocab_size: int, temperature: float) -> Tensor:

@@ -184,12 +184,12 @@ def _mean_rows(logits: Logits, groups: GroupedSide, own: bool) -> Iterator[tuple
 
 def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row, equal values by ascending id. (Of equal ones at the k-th place, any.)"""
-    ids = _topk(rows, k)[1].sort(dim=1).values
+    ids = row_topk(rows, k)[1].sort(dim=1).values
     values, order = rows.gather(1, ids).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, order)
 
 
-def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def row_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`rows.topk(k)`, searched for in the k blocks of neighbours with the largest maxima: it can be nowhere else."""
     n_blocks = rows.shape[1] // BLOCK
     if n_blocks <= 2 * k:

@@ -18,14 +18,15 @@ class Losses:
             for a method without a teacher.
         covered: `[units]`, how many student tokens each unit stands for; None where it is one each.
         parts: sums over the batch that are logged per response token, as KD is: `{name: scalar}`.
-        means: what else is logged: `{name: (sum, count)}`, a mean over all batches and ranks between two logs.
+        means: what else is logged: `{name: (sum, count)}`, a mean over all batches and ranks between two logs. A count
+            that only the device knows stays there.
     """
 
     ce: Tensor
     kd: Tensor | None = None
     covered: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
-    means: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+    means: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
 
     def kd_sum(self) -> Tensor:
         """Σ over units of (student tokens that it covers) × (its divergence)."""

@@ -74,6 +74,18 @@ class StudentRows:
         self._walk(entropy=values)
         return values
 
+    def log_mass(self, columns: Tensor) -> Tensor:
+        """float32 `[R]`: ln Σ_v softmax(z)[v] over some columns v; its gradient costs no more than the cross-entropy's.
+
+        Args:
+            columns: int64 `[c]`, distinct, c ≥ 1.
+        """
+        sums = torch.empty(len(self), dtype=float_dtype(self.logits), device=self.logits.device)
+        self._walk(mass=(columns, sums))
+        # Of a mass too small for a float32, the smallest one.
+        read = _Mass(columns, sums.clamp_(min=torch.finfo(sums.dtype).tiny))
+        return _Reading.apply(self._anchor, self._shared.new(read), sums.log() - self._shared.total.log())
+
     def read(
         self, row_function: Callable[..., Tensor], *others: Logits | PickedRows, copies: int = ROW_COPIES
     ) -> Tensor:
@@ -105,8 +117,16 @@ class StudentRows:
         return _Reading.apply(self._anchor, self._shared.new(read), values)
 
     @torch.no_grad()
-    def _walk(self, read: _Read | None = None, entropy: Tensor | None = None) -> Tensor | None:
-        """One pass: what `read` makes of the rows; the entropies, into their tensor; what the cross-entropy needs."""
+    def _walk(
+        self,
+        read: _Read | None = None,
+        entropy: Tensor | None = None,
+        mass: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | None:
+        """One pass: what `read` makes of the rows; the entropies, into their tensor; what the cross-entropy needs.
+
+        `mass`: columns, and where Σ exp(z − largest) over them goes, of each row.
+        """
         shared, values = self._shared, None
         first = shared.total is None
         if first:
@@ -117,11 +137,13 @@ class StudentRows:
             rows = self.logits[at]
             if entropy is not None:
                 entropy[at], *normaliser = entropy_largest_and_total(rows, *buffers)
-            elif first:
+            elif first or mass is not None:
                 normaliser = largest_and_total(rows, *buffers)
             if first:
                 shared.largest[at], shared.total[at] = normaliser
                 shared.label_logits[at] = rows.gather(1, self.labels[at, None]).squeeze(1)
+            if mass is not None:
+                mass[1][at] = buffers[0].index_select(1, mass[0]).sum(-1)  # (a product would be less exact)
             if read is not None:
                 part = read(as_float(rows), at)
                 if values is None:
@@ -150,6 +172,16 @@ class _Read:
         return rows.gather(1, *others) if self.function is None else self.function(rows, *others)
 
 
+@dataclass(eq=False)
+class _Mass:
+    """The probability of some columns was read: their ids, and Σ exp(z − largest) over them, `[R]`."""
+
+    columns: Tensor
+    sums: Tensor
+    copies: int = ROW_COPIES
+    gradient: Tensor | None = None
+
+
 class _SharedGradient:
     """What the backward pass needs: all that was read, and what the cross-entropy was made of."""
 
@@ -159,13 +191,13 @@ class _SharedGradient:
         self.total: Tensor | None = None  # Σ exp(z − largest)
         self.label_logits: Tensor | None = None
         self.cross_entropy = _Read()
-        self.reads: list[_Read] = []
+        self.reads: list[_Read | _Mass] = []
 
-    def new(self, read: _Read) -> _Read:
+    def new(self, read: _Read | _Mass) -> _Read | _Mass:
         self.reads.append(read)
         return read
 
-    def take(self) -> list[tuple[_Read, Tensor]]:
+    def take(self) -> list[tuple[_Read | _Mass, Tensor]]:
         """What the loss depends on, with its gradient. (A graph may be gone through again, with other gradients.)"""
         found = [(read, read.gradient) for read in (self.cross_entropy, *self.reads) if read.gradient is not None]
         for read, _ in found:
@@ -208,15 +240,10 @@ class _SharedGradient:
 
     def _add_up(self, found: list[tuple[_Read, Tensor]], rows: Tensor, at: slice, out: Tensor) -> None:
         """Writes the gradient of some rows of logits to `out`, float `[r, V]`."""
-        if found and found[0][0] is self.cross_entropy:
-            gradient = found[0][1][at, None]
-            # ∂CE/∂z = softmax(z) − one-hot
-            torch.sub(rows, self.largest[at, None], out=out).exp_().mul_(gradient / self.total[at, None])
-            out.scatter_add_(1, self.labels[at, None], -gradient)
-            found = found[1:]
-        else:
-            out.zero_()
+        self._add_up_probabilities(found, rows, at, out)
         for read, gradient in found:
+            if read is self.cross_entropy or isinstance(read, _Mass):
+                continue
             if read.function is None:
                 out.scatter_add_(1, read.others[0][at], gradient[at].to(out.dtype))
             else:
@@ -226,6 +253,22 @@ class _SharedGradient:
                 if at.start == 0:
                     _require_no_other_gradient(values, leaf)
                 out.add_(*torch.autograd.grad(values, leaf, gradient[at]))
+
+    def _add_up_probabilities(self, found: list, rows: Tensor, at: slice, out: Tensor) -> None:
+        """Writes the gradient of the cross-entropy and of all masses, which is made of exp(z − largest) alone."""
+        ce = [gradient[at, None] for read, gradient in found if read is self.cross_entropy]
+        masses = [(read, gradient[at, None]) for read, gradient in found if isinstance(read, _Mass)]
+        if not ce and not masses:
+            out.zero_()
+            return
+        # ∂CE/∂z = softmax(z) − one-hot;  ∂ ln Σ_c softmax(z)[c]/∂z = exp(z − largest) · [z in c] / Σ_c − softmax(z)
+        torch.sub(rows, self.largest[at, None], out=out).exp_()
+        parts = [out.index_select(1, read.columns).mul_(g / read.sums[at, None]) for read, g in masses]
+        out.mul_((sum(ce) - sum(g for _, g in masses)) / self.total[at, None])
+        for (read, _), part in zip(masses, parts):
+            out.index_add_(1, read.columns, part)
+        if ce:
+            out.scatter_add_(1, self.labels[at, None], -ce[0])
 
 
 class _Anchor(torch.autograd.Function):

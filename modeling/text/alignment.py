@@ -126,10 +126,10 @@ def one_to_one_tokens(teacher_group: np.ndarray, student_group: np.ndarray) -> n
     return ((np.bincount(teacher_group) == 1) & (np.bincount(student_group) == 1))[student_group]
 
 
-def aligned_tokens(
+def exact_groups(
     teacher_ends: np.ndarray, student_ends: np.ndarray, teacher_group: np.ndarray, student_group: np.ndarray
 ) -> np.ndarray:
-    """Bool `[N]`: does the student token's group cover exactly the same bytes on both sides?
+    """Bool, one a group: does it cover exactly the same bytes on both sides?
 
     Args:
         teacher_ends, student_ends: as in `byte_groups`.
@@ -137,7 +137,14 @@ def aligned_tokens(
     """
     ends_agree = _group_ends(teacher_ends, teacher_group) == _group_ends(student_ends, student_group)
     starts_agree = np.append(True, ends_agree[:-1])  # a group starts where the one before it ends
-    return (starts_agree & ends_agree)[student_group]
+    return starts_agree & ends_agree
+
+
+def aligned_tokens(
+    teacher_ends: np.ndarray, student_ends: np.ndarray, teacher_group: np.ndarray, student_group: np.ndarray
+) -> np.ndarray:
+    """Bool `[N]`: is the student token in an exact group? Arguments as for `exact_groups`."""
+    return exact_groups(teacher_ends, student_ends, teacher_group, student_group)[student_group]
 
 
 def _group_ends(ends: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -158,6 +165,20 @@ class GroupedSide:
     size: Tensor
     host_size: np.ndarray
 
+    @property
+    def first_row(self) -> Tensor:
+        """int64 `[G]`: the row of each group's first token."""
+        return self.size.cumsum(0) - self.size
+
+    @property
+    def last_row(self) -> Tensor:
+        """int64 `[G]`: the row of each group's last token."""
+        return self.size.cumsum(0) - 1
+
+    def sums(self, values: Tensor) -> Tensor:
+        """`[G]`: the sums of `[R]` values over each group's tokens, differentiable."""
+        return values.new_zeros(len(self.host_size)).index_add(0, self.group, values)
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -167,26 +188,33 @@ class Groups:
         teacher, student: either side's tokens.
         one_to_one: how many student tokens are in groups of one token a side.
         aligned: how many are in groups that cover exactly the same bytes on both sides.
+        is_unit: int64 `[G]`, 1 for the groups that do and that hold no special token (the end of sequence; one that the
+            text spells), else 0. Where the two sides are compared as probabilities of text, units are what is compared.
     """
 
     teacher: GroupedSide
     student: GroupedSide
     one_to_one: int
     aligned: int
-    packed: Tensor  # all four tensors, which are views of it: one transfer
+    is_unit: Tensor
+    packed: Tensor  # all five tensors, which are views of it: one transfer
 
     def __len__(self) -> int:
         return len(self.student.host_size)
 
     @classmethod
     def of(
-        cls, ends: Sequence[tuple[np.ndarray, np.ndarray]], examples: Sequence[tuple[np.ndarray, np.ndarray]]
+        cls,
+        ends: Sequence[tuple[np.ndarray, np.ndarray]],
+        examples: Sequence[tuple[np.ndarray, np.ndarray]],
+        special: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Groups:
         """The groups of a batch, numbered on from example to example.
 
         Args:
             ends: `(teacher_ends, student_ends)` of each response, as in `byte_groups`; there may be none.
             examples: its `(teacher_group, student_group)`, as `dtw_groups` gives them.
+            special: bool `[R_T]` and `[R_S]`, which tokens of the batch are special; None for none of them.
         """
         offsets = np.cumsum([0, *(int(student_group[-1]) + 1 for _, student_group in examples)])
         nothing = np.zeros(0, dtype=np.int64)
@@ -195,19 +223,24 @@ class Groups:
             for side in (0, 1)
         ]
         arrays = [part for group in groups for part in (group, np.bincount(group, minlength=offsets[-1]))]
+        exact = np.concatenate([nothing, *(exact_groups(*end, *group) for end, group in zip(ends, examples))])
+        units = exact.copy()
+        for group, is_special in zip(groups, special or ()):
+            units[group[is_special]] = 0
         return cls._of_packed(
-            torch.from_numpy(np.concatenate(arrays)),
+            torch.from_numpy(np.concatenate([*arrays, units])),
             arrays[1],
             arrays[3],
             sum(int(one_to_one_tokens(*group).sum()) for group in examples),
-            sum(int(aligned_tokens(*end, *group).sum()) for end, group in zip(ends, examples)),
+            int(exact @ arrays[3]),
         )
 
     @classmethod
     def _of_packed(cls, packed: Tensor, teacher_size: np.ndarray, student_size: np.ndarray, *counts: int) -> Groups:
         n = len(student_size)
-        parts = packed.split([int(teacher_size.sum()), n, int(student_size.sum()), n])
-        return cls(GroupedSide(*parts[:2], teacher_size), GroupedSide(*parts[2:], student_size), *counts, packed)
+        parts = packed.split([int(teacher_size.sum()), n, int(student_size.sum()), n, n])
+        sides = GroupedSide(*parts[:2], teacher_size), GroupedSide(*parts[2:4], student_size)
+        return cls(*sides, *counts, parts[4], packed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Groups:
         """The same groups with their tensors on a device."""
@@ -223,9 +256,17 @@ class Groups:
 
     def one_to_one_rows(self) -> Tensor:
         """int64 `[R_S]`: the teacher row that a student token shares a 1–1 group with, −1 where its group is larger."""
-        alone = (self.teacher.size == 1) & (self.student.size == 1)
-        first_row = self.teacher.size.cumsum(0) - self.teacher.size
-        return torch.where(alone, first_row, -1)[self.student.group]
+        return torch.where(self.alone, self.teacher.first_row, -1)[self.student.group]
+
+    @property
+    def units(self) -> Tensor:
+        """bool `[G]`"""
+        return self.is_unit.bool()
+
+    @property
+    def alone(self) -> Tensor:
+        """bool `[G]`: the groups of one token a side."""
+        return (self.teacher.size == 1) & (self.student.size == 1)
 
 
 def same_index_rows(lengths: Sequence[tuple[int, int]]) -> np.ndarray:

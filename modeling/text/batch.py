@@ -177,7 +177,11 @@ class ResponseCollator:
             return replace(batch, prefix_rows=self.find_prefix_rows(student, teacher))
         ends = list(zip(teacher.byte_ends, student.byte_ends))
         if self.alignment == "byte":
-            return replace(batch, groups=Groups.of(ends, [byte_groups(*pair) for pair in ends]))
+            special = tuple(
+                encoder.forms.is_special[side.labels.numpy()]
+                for encoder, side in ((self.teacher, teacher), (self.student, student))
+            )
+            return replace(batch, groups=Groups.of(ends, [byte_groups(*pair) for pair in ends], special))
         distances = self.token_distances(batch)
         if self.alignment == "entropy_dtw":
             return replace(batch, token_distances=distances)

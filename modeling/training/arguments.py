@@ -198,6 +198,20 @@ class SoftDistillationArguments(DistillationArguments):
 
 
 @dataclass
+class LikelihoodArguments(DistillationArguments):
+    """The same, for methods that read the teacher's probability of the text's own tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.teacher_cache_topk is None,
+            *("teacher_cache_topk", self.teacher_cache_topk),
+            "leave it out: this method reads the teacher's probability of the text's own tokens, and of one that is "
+            "not among the K largest, only an equal share of the rest is kept",
+        )
+
+
+@dataclass
 class MapperArguments:
     """The vocabulary mapper, of the methods that need one."""
 

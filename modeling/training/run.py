@@ -10,6 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import transformers
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -131,6 +132,24 @@ class Run:
                 f"Build it: {build_command(kind, 'NEW.safetensors', *sides)}; or leave the flag out."
             )
         return mapper
+
+    def shared_tokens(self, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Teacher ids and student ids of the pairs of tokens with equal bytes: `VocabMapper.mutual_pairs` of EM.
+
+        Args:
+            special: whether special tokens that match by role or text are pairs too.
+
+        Raises InputError where there is none, and as `mapper`.
+        """
+        mapper = self.mapper("em", threshold=0.0)  # without the tables of similar tokens
+        sides = self.teacher.encoder.forms, self.student.encoder.forms
+        pairs = mapper.mutual_pairs(None if special else tuple(forms.is_special for forms in sides))
+        if not len(pairs[0]):
+            raise InputError(
+                f"The tokenizers {sides[0].name!r} and {sides[1].name!r} share no token, and this method compares the "
+                "shared ones. Take one that needs no vocabulary mapper."
+            )
+        return pairs
 
     def train(self, trainer: type[ResponseTrainer], alignment: Alignment | None = None, **settings) -> None:
         """Loads what the trainer needs, then trains, saves and evaluates, as the arguments say.

@@ -45,10 +45,10 @@ class RunningMeans:
     def __init__(self):
         self.sums: dict[str, list] = {}
 
-    def record(self, name: str, numerator: Tensor | float, denominator: float) -> None:
+    def record(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         sums = self.sums.setdefault(name, [0.0, 0.0])
         sums[0] = sums[0] + (numerator.detach().float() if isinstance(numerator, Tensor) else numerator)
-        sums[1] += denominator
+        sums[1] = sums[1] + denominator
 
     def reduce(self, accelerator) -> dict[str, float]:
         """The means over all ranks (every rank must call), and a fresh start. A mean of nothing is left out."""
@@ -56,9 +56,8 @@ class RunningMeans:
             return {}
         names = sorted(self.sums)
         device = accelerator.device
-        numerators = [torch.as_tensor(self.sums[name][0], dtype=torch.float32, device=device) for name in names]
-        denominators = torch.tensor([self.sums[name][1] for name in names], dtype=torch.float32, device=device)
-        sums = accelerator.reduce(torch.stack([torch.stack(numerators), denominators], dim=1), reduction="sum").tolist()
+        sums = [torch.as_tensor(n, dtype=torch.float32, device=device) for name in names for n in self.sums[name]]
+        sums = accelerator.reduce(torch.stack(sums).view(-1, 2), reduction="sum").tolist()
         self.sums = {}
         return {name: numerator / denominator for name, (numerator, denominator) in zip(names, sums) if denominator}
 
@@ -149,7 +148,7 @@ class ResponseTrainer(Trainer):
         self.record("bits_per_byte", ce / math.log(2), sum(batch.n_bytes))
         return loss / max(n_tokens, 1)
 
-    def record(self, name: str, numerator: Tensor | float, denominator: float) -> None:
+    def record(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         """Logs Σ numerator / Σ denominator over micro-batches and ranks since the last log (or in an evaluation)."""
         (self.train_means if self.model.training else self.eval_means).record(name, numerator, denominator)
 

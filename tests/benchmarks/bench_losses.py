@@ -42,6 +42,7 @@ from modeling.losses.divergences import kl_rows
 from modeling.losses.logits import entropy
 from modeling.losses.mapping import contextual_kl
 from modeling.losses.rows import StudentRows
+from modeling.run_clm_alm import boundary_tokens
 from modeling.run_clm_bpm import boundary_map
 from modeling.text.alignment import Groups
 from modeling.text.batch import Batch, ResponseCollator
@@ -142,10 +143,14 @@ def measure(
 
     student = logits(labels, "student", 0).requires_grad_()
     teachers = {False: logits(teacher_labels, "teacher", 1), True: logits(labels, "student", 2)}
+    sides = pair.teacher, pair.student
     mappers = Mappers(
-        pair.mapper("em") if "CDM" in methods else None,
+        pair.mapper("em") if {"CDM", "Strict", "GOLD", "SimCT"} & set(methods) else None,
         torch.from_numpy(pair.mapper("mined").to_student.static).long().to(device) if "MinED" in methods else None,
         boundary_map(pair.mapper("prefixem"), pair.student, pair.teacher) if "BPM" in methods else None,
+        tuple(side.forms.is_special for side in sides),
+        tuple(torch.from_numpy(boundary_tokens(side.forms, [side.eos_id])).to(device) for side in sides),
+        device,
     )
 
     def loss_of(name: str) -> Callable[[], Tensor]:

@@ -69,7 +69,13 @@ def mappers(n_student: int, n_teacher: int, device: str) -> Mappers:
         ways.append(Direction(static, np.zeros(size + 1, np.int32), *none))
         sides.append(Side("same ids", size, ""))
     static = torch.from_numpy(ways[0].static).long().to(device)
-    return Mappers(VocabMapper("em", 0.3, *sides, *ways), static, MovedTokens.of(static, n_student))
+    return Mappers(
+        VocabMapper("em", 0.3, *sides, *ways),
+        static,
+        MovedTokens.of(static, n_student),
+        boundaries=tuple(torch.arange(0, size, 3, device=device) for size in (n_teacher, n_student)),
+        device=device,
+    )
 
 
 def step(method: str, student: Logits, teacher: Logits, leaves: list[Tensor]) -> tuple[Tensor, ...]:

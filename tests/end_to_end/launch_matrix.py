@@ -31,9 +31,13 @@ SCRIPTS = {
     "ULD": "run_clm_uld.py",
     "MinED": "run_clm_MinED.py",
     "CDM": "run_clm_distill_CDM.py",
+    "Strict": "run_clm_strict.py",
     "BPM": "run_clm_bpm.py",
+    "GOLD": "run_clm_gold.py",
+    "SimCT": "run_clm_simct.py",
+    "ALM": "run_clm_alm.py",
 }
-MAPPERS = {"MinED": "MinED", "CDM": "em", "BPM": "prefixEM"}
+MAPPERS = {"MinED": "MinED", "CDM": "em", "Strict": "em", "BPM": "prefixEM", "GOLD": "em", "SimCT": "em"}
 WAYS = ("plain", "torchrun 2", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 STEPS, ROWS_A_STEP = 4, 16
 
@@ -56,7 +60,7 @@ class Bench:
         tiny_llama(self.folder / "student", byte_level, len(byte_level) + 40, seed=1)
         tiny_llama(self.folder / "same tokenizer", byte_level, len(byte_level) + 8, seed=2)
         tiny_llama(self.folder / "other tokenizer", sentencepiece, len(sentencepiece) + 16, seed=3)
-        for kind in MAPPERS.values():
+        for kind in dict.fromkeys(MAPPERS.values()):
             run_script(
                 f"get_vocab_mapper/get_{kind}_mapper.py",
                 *("--teacher", str(self.folder / "other tokenizer"), "--student", str(self.folder / "student")),

@@ -8,6 +8,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,15 +25,20 @@ from transformers import (
 )
 
 from get_vocab_mapper.builders import BUILDERS
+from get_vocab_mapper.mapper import VocabMapper
 from get_vocab_mapper.mapper_file import FORMAT_VERSION, save_mapper
 from get_vocab_mapper.token_forms import token_forms
 from modeling import (
+    run_clm_alm,
     run_clm_bpm,
     run_clm_distill_CDM,
+    run_clm_gold,
     run_clm_llms_fkd,
     run_clm_llms_rkd,
     run_clm_MinED,
     run_clm_sft,
+    run_clm_simct,
+    run_clm_strict,
     run_clm_uld,
 )
 from modeling.models.language_model import LanguageModel
@@ -46,7 +52,11 @@ MAIN = {
     "ULD": run_clm_uld.main,
     "MinED": run_clm_MinED.main,
     "CDM": run_clm_distill_CDM.main,
+    "Strict": run_clm_strict.main,
     "BPM": run_clm_bpm.main,
+    "GOLD": run_clm_gold.main,
+    "SimCT": run_clm_simct.main,
+    "ALM": run_clm_alm.main,
 }
 CONTEXT = 1024  # of the small models
 POISON = "Zürich"  # stands in one row alone, POISON_ROW
@@ -100,7 +110,7 @@ def call(rig, monkeypatch, capsys, tmp_path):
         }
         if method != "SFT":
             arguments["teacher_path"] = rig.same if method in ("FKD", "RKD") else rig.teacher
-        mapper = {"CDM": rig.em, "MinED": rig.mined, "BPM": rig.prefixem}
+        mapper = {"MinED": rig.mined, "BPM": rig.prefixem} | dict.fromkeys(("CDM", "Strict", "GOLD", "SimCT"), rig.em)
         if method in mapper:
             arguments["teacher_to_student_id_mapping"] = mapper[method]
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**{**arguments, **changes}), *words])
@@ -220,6 +230,25 @@ def test_a_method_wants_its_own_kind(rig, refused, method, kind, script):
 @pytest.mark.parametrize("beta", ["-0.1", "1.1", "nan"])
 def test_a_beta_that_is_no_share(refused, beta):
     assert f"--beta is {beta}: give a number from 0 (forward KL) to 1 (reverse KL)" in refused("BPM", beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "also"),
+    [
+        ("Strict", {"span_weight": 0.1}, "leave it out with --span_weight"),
+        *((method, {}, "leave it out: this method") for method in ("GOLD", "SimCT", "ALM")),
+    ],
+)
+def test_what_is_not_kept_of_a_teacher_cannot_be_read(refused, tmp_path, method, changes, also):
+    message = refused(method, teacher_cache=tmp_path / "cache", teacher_cache_topk=50, **changes)
+    assert message.startswith("--teacher_cache_topk is 50") and also in message and "the text's own tokens" in message
+
+
+def test_vocabularies_without_a_common_token(refused, rig, monkeypatch):
+    none = np.zeros(0, dtype=np.int64)
+    monkeypatch.setattr(VocabMapper, "mutual_pairs", lambda *_: (none, none))
+    for method in ("Strict", "SimCT", "GOLD"):
+        assert "share no token" in refused(method)
 
 
 @pytest.mark.parametrize("method", ["FKD", "RKD"])

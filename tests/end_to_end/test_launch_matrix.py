@@ -11,7 +11,11 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("script", "way"), [("ULD", "torchrun 2"), ("MinED", "ZeRO-3"), ("RKD", "ZeRO-1"), ("BPM", "ZeRO-2")]
+    ("script", "way"),
+    [
+        *(("ULD", "torchrun 2"), ("MinED", "ZeRO-3"), ("RKD", "ZeRO-1"), ("BPM", "ZeRO-2")),
+        *(("Strict", "ZeRO-2"), ("GOLD", "torchrun 2"), ("SimCT", "ZeRO-3"), ("ALM", "torchrun 2")),
+    ],
 )
 def test_distributed_equals_plain_and_resumed_equals_uninterrupted(bench, script, way):
     plain, whole = uninterrupted_losses(bench, script, "plain"), uninterrupted_losses(bench, script, way)

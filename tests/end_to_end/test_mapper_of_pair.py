@@ -6,7 +6,7 @@ from tests.end_to_end.rig import launcher, run_script, steps
 from tests.end_to_end.test_teacher_cache import arguments, bench, train, without_times  # noqa: F401
 
 BUILT, READ = "written: ", "The mapper is read from"
-KINDS = {"CDM": "em", "MinED": "mined", "BPM": "prefixem"}
+KINDS = {"CDM": "em", "MinED": "mined", "BPM": "prefixem", "Strict": "em"}
 FILES = {method: f"other-to-student.{kind}.safetensors" for method, kind in KINDS.items()}
 
 

@@ -33,6 +33,10 @@ SCRIPTS = {
     "CDM": "run_clm_distill_CDM",
     "BPM": "run_clm_bpm",
     "two teachers": "run_clm_distill_CDM",
+    "Strict": "run_clm_strict",
+    "GOLD": "run_clm_gold",
+    "SimCT": "run_clm_simct",
+    "ALM": "run_clm_alm",
 }
 
 
@@ -76,7 +80,8 @@ def arguments(bench: Path, method: str, output: Path, **changes) -> list[str]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    mapper = {"MinED": "mined", "CDM": "em", "BPM": "prefixem", "two teachers": "em"}
+    mapper = dict.fromkeys(("CDM", "two teachers", "Strict", "GOLD", "SimCT"), "em")
+    mapper |= {"MinED": "mined", "BPM": "prefixem"}
     if method in mapper:
         given["teacher_to_student_id_mapping"] = bench / f"{mapper[method]}.safetensors"
     if method == "two teachers":

@@ -13,6 +13,7 @@ from get_vocab_mapper.mapper import Direction, Side, VocabMapper
 from modeling.losses.logits import ChunkedLogits
 from modeling.losses.mapping import group_topk
 from modeling.models.output_head import OutputHead
+from modeling.run_clm_alm import boundary_tokens
 from modeling.run_clm_bpm import boundary_map
 from modeling.text.alignment import Groups
 from modeling.text.batch import ResponseCollator
@@ -147,8 +148,14 @@ class Pair:
     def mappers(self) -> Mappers:
         builders = build_em, build_mined, build_prefixem
         em, mined, prefixem = (build(self.teacher.forms, self.student.forms, progress=False) for build in builders)
-        static = torch.from_numpy(mined.to_student.static).long()
-        return Mappers(em, static, boundary_map(prefixem, self.student, self.teacher))
+        sides = self.teacher, self.student
+        return Mappers(
+            em,
+            torch.from_numpy(mined.to_student.static).long(),
+            boundary_map(prefixem, self.student, self.teacher),
+            tuple(side.forms.is_special for side in sides),
+            tuple(torch.from_numpy(boundary_tokens(side.forms, [side.eos_id])) for side in sides),
+        )
 
     def collator(self, method: str) -> ResponseCollator:
         if method == "SFT":
@@ -171,12 +178,7 @@ def make_trainer(method, pair, folder, temperature=2.0, **arguments):
         teacher = pair.teacher_of(method)
         options = {"teacher": small_model(teacher.tokenizer, 7, seed=2), "teacher_vocab_size": len(teacher.forms)}
         options |= {"kd_alpha": 0.3, "kd_temperature": temperature}
-    if method == "MinED":
-        options["static"] = pair.mappers.static
-    if method == "BPM":
-        options["boundary"] = pair.mappers.boundary
-    if METHODS[method].alignment in ("entropy_dtw", "byte"):
-        options |= {"mapper": pair.mappers.em, "topk": 20}
+    options |= METHODS[method].settings(pair.mappers)
     trainer = METHODS[method].trainer(
         model=small_model(pair.student.tokenizer, 5, seed=1),
         student_vocab_size=len(pair.student.forms),

@@ -13,8 +13,16 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from modeling.run_clm_alm import ALMArguments, ALMDistillationArguments
 from modeling.run_clm_distill_CDM import CDMArguments
-from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments
+from modeling.run_clm_gold import GOLDArguments
+from modeling.run_clm_strict import StrictArguments
+from modeling.training.arguments import (
+    DataArguments,
+    DistillationArguments,
+    LikelihoodArguments,
+    StudentArguments,
+)
 from modeling.training.parsing import REPLACED, ArgumentParser, check_together, notes, parse_arguments
 from modeling.training.training_arguments import TrainingArguments
 
@@ -411,6 +419,36 @@ def test_a_bad_json_file(required, tmp_path, capsys, content, message):
     assert f"error: {file}: {message}" in said
 
 
+@pytest.mark.parametrize(
+    ("groups", "name", "good", "bad"),
+    [
+        ((StrictArguments,), "topk", ("0", "16"), ("-1",)),
+        ((StrictArguments,), "span_weight", ("0", "0.5"), ("-0.1", "nan", "inf")),
+        ((GOLDArguments,), "beta", ("0", "1"), ("-0.1", "1.1", "nan")),
+        ((GOLDArguments,), "matched_weight", ("0", "1"), ("-0.1", "1.1", "nan")),
+        ((ALMArguments,), "binarization_temperature", ("0.1", "100"), ("0", "-1", "nan", "inf")),
+        ((ALMArguments,), "space_threshold", ("0", "1"), ("-0.1", "1.1", "nan")),
+        ((ALMDistillationArguments, ALMArguments), "kd_temperature", ("1",), ("2", "0.5")),
+        ((GOLDArguments,), "hybrid false --beta", (), ("0.3",)),
+        ((GOLDArguments,), "hybrid false --matched_weight", (), ("0.3",)),
+        ((GOLDArguments,), "hybrid false --mapper_dir", (), ("mappers",)),
+        ((ALMArguments,), "debias none --space_threshold", ("0.1",), ("0.3",)),
+        ((LikelihoodArguments,), "teacher_cache D --teacher_cache_topk", (), ("100",)),
+    ],
+)
+def test_ranges_of_each_method(required, capsys, groups, name, good, bad):
+    """Also what contradicts another flag, which then stands in front."""
+    distillation = () if issubclass(groups[0], DistillationArguments) else (DistillationArguments,)
+    types = [StudentArguments, *distillation, *groups, DataArguments, TrainingArguments]
+    given = [word for flag, value in required.items() for word in (f"--{flag}", value)]
+    for value in good:
+        parse_arguments(types, "", [*given, *f"--{name} {value}".split()])
+    for value in bad:
+        with pytest.raises(SystemExit) as exit:
+            parse_arguments(types, "", [*given, *f"--{name} {value}".split()])
+        assert exit.value.code == 2 and f"error: --{name.split('--')[-1]} is " in capsys.readouterr().err
+
+
 def test_values_in_a_json_file_that_look_like_flags(required, tmp_path):
     file = tmp_path / "run.json"
     file.write_text("\ufeff" + json.dumps({**required, "run_name": "--topk", "max_steps": -1}), encoding="utf-8")
@@ -426,6 +464,10 @@ def test_values_in_a_json_file_that_look_like_flags(required, tmp_path):
         ("uld", "ULD", "1.0"),
         ("MinED", "MinED", "2.0"),
         ("distill_CDM", "CDM", "1.0"),
+        ("strict", "Strict", "1.0"),
+        ("gold", "GOLD", "1.0"),
+        ("simct", "SimCT", "1.0"),
+        ("alm", "ALM", "1.0"),
         ("bpm", "BPM", "1.0"),
     ],
 )

@@ -78,7 +78,11 @@ def test_what_each_alignment_adds(encoders):
         for d, (m, n) in zip(batch.token_distances, lengths)
     ]
     for alignment, groups in (("byte", [byte_groups(*pair) for pair in ends]), ("dtw", equal)):
-        expected, got = Groups.of(ends, groups), batches[alignment].groups
+        special = None
+        if alignment == "byte":
+            sides = zip(encoders[::-1], (batch.teacher, batch.student))
+            special = tuple(encoder.forms.is_special[side.labels] for encoder, side in sides)
+        expected, got = Groups.of(ends, groups, special), batches[alignment].groups
         assert torch.equal(got.packed, expected.packed)
         assert (got.one_to_one, got.aligned) == (expected.one_to_one, expected.aligned)
 

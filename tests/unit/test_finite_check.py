@@ -66,7 +66,7 @@ def test_a_teacher_that_rules_every_token_out(pair, tmp_path, method):
         loss_of(trainer, pair.prepared(method, slice(2)))
 
 
-@pytest.mark.parametrize("method", [method for method in DISTILLATION if method != "RKD"])
+@pytest.mark.parametrize("method", [method for method in DISTILLATION if method not in ("RKD", "Strict", "SimCT")])
 def test_a_teacher_that_rules_a_token_out_is_no_fault(pair, tmp_path, method):
     """(Reverse KL is infinite there: the student gives the token some probability, and the teacher none.)"""
     trainer = make_trainer(method, pair, tmp_path)

@@ -16,6 +16,7 @@ from tests.unit.helpers import DTYPES, Headed, Made, assert_same, gradients, ran
 
 R, V = 11, 13
 LABELS = torch.arange(R) % V
+SETS = torch.tensor([1, 4, 5, 12]), torch.tensor([4])
 COLUMNS = torch.stack([LABELS, LABELS, 0 * LABELS], dim=1)  # one of them twice
 
 
@@ -28,13 +29,15 @@ def two_numbers(student):
 
 
 def reads_of(logits, teacher):
-    """Every kind of reading: a divergence, two numbers a row, three columns, the cross-entropy; each `[R, c]`."""
+    """Every kind of reading: a divergence, two numbers a row, three columns, the cross-entropy, two sets of
+    tokens; each `[R, c]`."""
     rows = StudentRows(logits, LABELS)
-    return rows.read(kl, teacher)[:, None], rows.read(two_numbers), rows.columns(COLUMNS), rows.ce[:, None]
+    masses = torch.stack([rows.log_mass(ids) for ids in SETS], 1)
+    return rows.read(kl, teacher)[:, None], rows.read(two_numbers), rows.columns(COLUMNS), rows.ce[:, None], masses
 
 
 def all_reads(logits, teacher):
-    """`[R, 7]`"""
+    """`[R, 9]`"""
     return torch.cat(reads_of(logits, teacher), dim=1)
 
 
@@ -43,7 +46,9 @@ def plainly(logits, teacher):
     z = logits.double()
     ce = F.cross_entropy(z, LABELS, reduction="none")
     kl = 4 * (log_p.exp() * (log_p - log_q)).sum(-1)
-    return torch.cat([kl[:, None], z.sin().sum(-1, True), z.amax(-1, True), z.gather(1, COLUMNS), ce[:, None]], dim=1)
+    masses = torch.stack([z.log_softmax(-1)[:, ids].logsumexp(-1) for ids in SETS], 1)
+    numbers = z.sin().sum(-1, True), z.amax(-1, True), z.gather(1, COLUMNS)
+    return torch.cat([kl[:, None], *numbers, ce[:, None], masses], dim=1)
 
 
 def student(**options):
@@ -207,7 +212,7 @@ def test_a_graph_may_be_gone_through_again(chunked, small_chunks):
     """With other weights, and other reads among those that the loss uses."""
     s, t = student(), teacher()
     got = reads_of(s.chunked() if chunked else s.whole(), t.whole())
-    expected = plainly(s.whole(), t.whole()).split([1, 2, 3, 1], dim=1)
+    expected = plainly(s.whole(), t.whole()).split([1, 2, 3, 1, 2], dim=1)
     for used in ((0, 1, 2, 3), (3,), (0,), (1, 2, 3)):
         both = (torch.cat([parts[i] for i in used], dim=1) for parts in (got, expected))
         assert_same(*both, *s.leaves, rtol=1e-9, atol=1e-9)

@@ -36,7 +36,8 @@ def test_the_loss_and_what_is_logged(pair, tmp_path, method, logits_chunk):
     losses = METHODS[method].losses(student, teacher, batch, pair.mappers, **options)
     expected = {"ce_loss": losses.ce.mean().item()}
     expected["bits_per_byte"] = losses.ce.sum().item() / math.log(2) / sum(batch.n_bytes)
-    expected |= {name: float(total) / count for name, (total, count) in losses.means.items()}
+    expected |= {name: float(total) / float(count) for name, (total, count) in losses.means.items()}
+    expected |= {name: total.item() / len(losses.ce) for name, total in losses.parts.items()}
     if method != "SFT":
         expected["kd_loss"] = losses.kd_sum().item() / len(losses.ce)
 
@@ -50,7 +51,7 @@ def test_the_loss_and_what_is_logged(pair, tmp_path, method, logits_chunk):
     assert loss.item() == pytest.approx(losses.mean(0.3).item() * len(losses.ce) / 50, rel=1e-5)
     logged = trainer.train_means.reduce(trainer.accelerator)
     del expected["bits_per_byte"]
-    for name in ("ce_loss", "kd_loss"):
+    for name in ("ce_loss", "kd_loss", *losses.parts):
         if name in expected:
             expected[name] *= len(losses.ce) / 50
     assert logged == pytest.approx(expected, rel=1e-5)

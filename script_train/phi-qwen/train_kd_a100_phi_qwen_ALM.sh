@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# ALM: distils Phi-3-mini into Qwen2-0.5B. Settings go in front, further arguments of modeling/run_clm_alm.py behind;
+# for DEVICE, NPROC, PRECISION, DRY_RUN and others see launch.sh.
+#
+#     EPOCHS=5 DATA=data/dolly_train.jsonl bash script_train/phi-qwen/train_kd_a100_phi_qwen_ALM.sh --save_total_limit 2
+set -euo pipefail
+# shellcheck disable=SC2034 # script_train/methods.py reads it
+METHOD=ALM SCRIPT=run_clm_alm.py PAIR=any ORDER=11
+source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
+
+TEACHER=${TEACHER:-microsoft/Phi-3-mini-4k-instruct}   # hub name or folder; the paper's teachers are fine-tuned first (train_sft_a100_phi.sh)
+STUDENT=${STUDENT:-Qwen/Qwen2-0.5B}                    # hub name or folder
+DATA=${DATA:-$CDM_ROOT/data/dolly_train.sample.json}   # the 50-row sample; data/prepare_data.py makes the full file
+VALIDATION=${VALIDATION:-}                             # held-out file of the same form; none = no evaluation
+OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/phi_qwen_alm}       # the trained student, its logs and its curves
+
+KD_ALPHA=${KD_ALPHA:-0.5}                              # share of cross-entropy in the loss, 0 to 1
+KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}                  # no other: likelihoods are compared as they are
+BINARIZATION_TEMPERATURE=${BINARIZATION_TEMPERATURE:-100} # divides the log-likelihoods of chunks
+DEBIAS=${DEBIAS:-space}                                # space: chunks end where white space is likely; none: every group is one
+
+EPOCHS=${EPOCHS:-3}
+LEARNING_RATE=${LEARNING_RATE:-2e-5}
+SCHEDULER=${SCHEDULER:-cosine}
+WARMUP=${WARMUP:-0.03}                                 # steps, or below 1 the share of all steps
+BATCH_SIZE=${BATCH_SIZE:-4}                            # examples a device and forward
+ACCUMULATION=${ACCUMULATION:-8}                        # forwards a step
+BLOCK_SIZE=${BLOCK_SIZE:-512}                          # tokens an example may have, on either side
+SEED=${SEED:-42}
+
+train --binarization_temperature "$BINARIZATION_TEMPERATURE" --debias "$DEBIAS" "$@"
