@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from get_vocab_mapper.mapper import VocabMapper
 from modeling.errors import one_message
@@ -127,7 +128,11 @@ def cdm_losses(
     cdm = contextual_kl(rows, teacher, groups, mapper, topk, temperature)  # [G], steps 4 and 5
     kd, covered, parts = cdm.kd, groups.student.size, {}  # KD_g counts |J_g| tokens
     if same_tokenizer_teacher is not None:
-        fkd = rows.read(lambda student, second: kl_rows(second, student, temperature), same_tokenizer_teacher)  # [R_S]
+
+        def forward_kl(student: Tensor, second: Tensor) -> Tensor:
+            return kl_rows(second, student, temperature)
+
+        fkd = rows.read(forward_kl, same_tokenizer_teacher, copies=3)  # [R_S]
         parts = {"kd_cdm_loss": (kd * covered).sum(), "kd_fkd_loss": fkd.sum()}
         kd = torch.cat([cross_weight * kd, (1 - cross_weight) * fkd])
         covered = torch.cat([covered, torch.ones_like(batch.student.labels)])

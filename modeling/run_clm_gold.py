@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from modeling.errors import one_message
-from modeling.losses.divergences import largest_and_rest, log_likelihood_rows
-from modeling.losses.logits import Logits, PickedRows, as_float
+from modeling.losses.divergences import largest_and_rest, log_likelihood_rows, softmax_rows
+from modeling.losses.logits import Logits, PickedRows
 from modeling.losses.result import Losses
 from modeling.losses.rows import StudentRows
 from modeling.losses.shared_tokens import SharedTokens
@@ -129,7 +129,7 @@ def gold_losses(
 
     def distances(student: Tensor, teacher: Tensor, *log_earlier: Tensor) -> Tensor:
         merged = [
-            (torch.log_softmax(as_float(z) / temperature, -1) + log[:, None]).exp()
+            softmax_rows(z, temperature) * log[:, None].exp()
             for z, log in zip((student, teacher), log_earlier)
         ]
         return _distances(*merged, columns, beta)
@@ -137,7 +137,7 @@ def gold_losses(
     group = groups.student.group
     last = torch.full_like(group, -1).index_copy(0, groups.student.last_row, groups.teacher.last_row)
     constants = (log.detach()[group] for log in log_earlier)
-    read = rows.read(distances, PickedRows(teacher, last), *constants)[groups.student.last_row]
+    read = rows.read(distances, PickedRows(teacher, last), *constants, copies=6)[groups.student.last_row]
     # A row function's gradient is that of its own row alone: what the rows before the last one add goes through here.
     read = read[:, :2] + read[:, 2:].detach() * (log_earlier[0] - log_earlier[0].detach())[:, None]
     jsd, l1 = torch.where(groups.units[:, None], read, 0.0).unbind(1)
@@ -151,21 +151,29 @@ def _distances(student: Tensor, teacher: Tensor, columns: Columns, beta: float) 
     """`[r, 4]`: JSD and L1 of P^S `[r, V_S]` and P^T `[r, V_T]`, and both's derivatives by the logarithm of a factor of
     P^S."""
     p = student.index_select(1, columns.matched.student).clamp(min=FLOOR)
-    q = teacher.index_select(1, columns.matched.teacher).clamp(min=FLOOR)
-    log_p, log_q = p.log(), q.log()
-    log_m = (beta * q + (1 - beta) * p).log() if 0 < beta < 1 else None
-    if beta == 0:
-        jsd, by_p = q * (log_q - log_p), -q / p
-    elif beta == 1:
-        jsd, by_p = p * (log_p - log_q), log_p - log_q + 1
-    else:
-        jsd, by_p = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m), (1 - beta) * (log_p - log_m)
-    by_factor = (by_p * p).masked_fill(p <= FLOOR, 0.0).sum(-1)
+    q = teacher.index_select(1, columns.matched.teacher).clamp_(min=FLOOR)
+    with torch.no_grad():  # ∂JSD/∂p, of each token, is all that the gradient needs
+        log_p, log_q = p.log(), q.log()
+        if beta == 0:
+            jsd, by_p = log_q.sub_(log_p).mul_(q).sum(-1), (q / p).neg_()
+        elif beta == 1:
+            by_p = log_p.sub_(log_q)
+            jsd = (p * by_p).sum(-1)
+            by_p += 1
+        else:
+            log_m = torch.lerp(p, q, beta).log_()
+            by_p = log_p.sub_(log_m).mul_(1 - beta)
+            jsd = log_q.sub_(log_m).mul_(beta * q).sum(-1) + (p * by_p).sum(-1)
+        by_factor = (by_p * p).masked_fill_(p <= FLOOR, 0.0).sum(-1)
+    linear = (p * by_p).sum(-1)
+    jsd = linear - linear.detach() + jsd
 
     others = student.index_select(1, columns.others.student), teacher.index_select(1, columns.others.teacher)
     a, b, rest_a, rest_b = largest_and_rest(*others)
-    l1, l1_by_factor = (a - b).abs().sum(-1) + rest_a + rest_b, ((a - b).sign() * a).sum(-1) + rest_a
-    return torch.stack([jsd.sum(-1), l1, by_factor.detach(), l1_by_factor.detach()], dim=1)
+    sign = (a - b).sign()
+    own = (a * sign).sum(-1) + rest_a
+    l1 = own - (b * sign).sum(-1) + rest_b
+    return torch.stack([jsd, l1, by_factor, own.detach()], dim=1)
 
 
 class GOLDTrainer(DistillationTrainer):

@@ -34,7 +34,7 @@ def fkd_losses(student: Logits, teacher: Logits, batch: Batch, temperature: floa
     """
     require_same_tokens(batch)
     rows = StudentRows(student, batch.student.labels)
-    kd = rows.read(lambda student, teacher: kl_rows(teacher, student, temperature), teacher)  # [R]
+    kd = rows.read(lambda student, teacher: kl_rows(teacher, student, temperature), teacher, copies=3)  # [R]
     return Losses(rows.ce, kd)
 
 

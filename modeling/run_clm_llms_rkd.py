@@ -35,7 +35,7 @@ def rkd_losses(student: Logits, teacher: Logits, batch: Batch, temperature: floa
     """
     require_same_tokens(batch)
     rows = StudentRows(student, batch.student.labels)
-    kd = rows.read(lambda student, teacher: kl_rows(student, teacher, temperature), teacher)  # [R]
+    kd = rows.read(lambda student, teacher: kl_rows(student, teacher, temperature), teacher, copies=3)  # [R]
     return Losses(rows.ce, kd)
 
 

@@ -48,7 +48,7 @@ def uld_losses(student: Logits, teacher: Logits, batch: Batch, temperature: floa
         return (teacher_row >= 0) * sorted_distance_rows(student, teacher, temperature)
 
     rows = StudentRows(student, batch.student.labels)
-    kd = rows.read(distance, PickedRows(teacher, batch.index_rows), batch.index_rows, copies=10)  # [R_S]
+    kd = rows.read(distance, PickedRows(teacher, batch.index_rows), batch.index_rows)  # [R_S]
     paired = sum(map(min, zip(batch.student.lengths, batch.teacher.lengths)))
     return Losses(rows.ce, kd, means={"paired": (paired, len(rows))})
 

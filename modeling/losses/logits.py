@@ -13,7 +13,7 @@ from torch import Tensor
 LEAST_LOGIT = -1e3  # below the largest; e to its power is 0 even in float64, and 0 times it is not NaN
 CPU_CHUNKS, CPU_ROWS = 64, 8
 GIB = 1 << 30
-ROW_COPIES = 6  # float32 rows that a walk holds for each of its rows at most, if a row function does not say otherwise
+ROW_COPIES = 6  # of a row that a walk is sized for. It takes one or two itself: so the rest of the budget stays free
 _budget: list[float | None] = [None]  # GiB, of `loss_memory`; the last one is in force
 
 
@@ -31,15 +31,15 @@ def loss_memory(gib: float | None) -> Iterator[None]:
         _budget.pop()
 
 
-def chunk_rows(n_rows: int, width: int, device: torch.device, copies: int = ROW_COPIES) -> int:
-    """How many of n rows that are `width` columns wide to work on at a time.
+def chunk_rows(n_rows: int, floats: int, device: torch.device) -> int:
+    """How many of n rows to work on at a time, where each takes so many float32 numbers.
 
     On a CPU a 64th of them (at least 8), which suits its caches. On an accelerator, where many small kernels cost more
-    than large ones, as many as `loss_memory` holds `copies` times, in equal parts.
+    than large ones, as many as `loss_memory` holds, in equal parts.
     """
     if device.type == "cpu" and _budget[-1] is None:
         return max(CPU_ROWS, -(-n_rows // CPU_CHUNKS))
-    most = max(1, int((_budget[-1] or 1.0) * GIB) // (4 * copies * width))
+    most = max(1, int((_budget[-1] or 1.0) * GIB) // (4 * floats))
     return -(-n_rows // -(-n_rows // most)) if n_rows else 1
 
 
@@ -114,6 +114,10 @@ class PickedRows:
     rows: Tensor
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.logits.shape[1]
+
+    @property
     def requires_grad(self) -> bool:
         return self.logits.requires_grad
 
@@ -137,7 +141,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def chunks_with_buffers(
-    logits: Logits, count: int, n_rows: int | None = None, copies: int = ROW_COPIES
+    logits: Logits, count: int, n_rows: int | None = None, floats: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of a few rows, and `count` float32 buffers of their shape, the same memory every time.
 
@@ -147,10 +151,12 @@ def chunks_with_buffers(
     Args:
         logits: `[R, V]`, for the buffers' width and device.
         n_rows: how many rows to go through; by default R.
-        copies: float32 rows that the work on each of them takes, the buffers included.
+        floats: float32 numbers that the work on each of them takes, the buffers included; by default ROW_COPIES rows.
     """
     n_rows, width = len(logits) if n_rows is None else n_rows, logits.shape[1]
-    chunk = logits.chunk if isinstance(logits, ChunkedLogits) else chunk_rows(n_rows, width, logits.device, copies)
+    chunk = chunk_rows(n_rows, floats or ROW_COPIES * width, logits.device)
+    if isinstance(logits, ChunkedLogits):
+        chunk = logits.chunk
     shape = (count, min(chunk, n_rows), width)
     buffers = torch.empty(shape, dtype=float_dtype(logits), device=logits.device)
     for start in range(0, n_rows, chunk):

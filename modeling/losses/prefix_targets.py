@@ -48,6 +48,7 @@ class Continuations:
 
     rows: PrefixRows
     requires_grad = False
+    shape = ()  # it holds nothing that is a vocabulary wide
 
     def __getitem__(self, at: slice) -> tuple[Tensor, Tensor, Tensor]:
         """`(row, token, entry)`, int64 `[m]` each: row at.start + row has `token`, whose rest goes to target[entry]."""

@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from modeling.losses.logits import (
-    ROW_COPIES,
     ChunkedLogits,
     Logits,
     PickedRows,
@@ -86,23 +85,23 @@ class StudentRows:
         read = _Mass(columns, sums.clamp_(min=torch.finfo(sums.dtype).tiny))
         return _Reading.apply(self._anchor, self._shared.new(read), sums.log() - self._shared.total.log())
 
-    def read(
-        self, row_function: Callable[..., Tensor], *others: Logits | PickedRows, copies: int = ROW_COPIES
-    ) -> Tensor:
+    def read(self, row_function: Callable[..., Tensor], *others: Logits | PickedRows, copies: int = 5) -> Tensor:
         """`row_function(rows, *others)`, computed and differentiated a few rows at a time.
 
         Args:
             row_function: takes float32 rows `[r, V]` of the logits and rows `[r, …]` of the others, and gives `[r]` or
                 `[r, c]`, each row from its own row only.
             others: `[R, …]`, constants.
-            copies: float32 rows as wide as the widest that it takes for each of its rows, forward and backward.
+            copies: float32 copies of its rows, and of those of other logits, that it holds at most, its gradient's
+                and the arguments' own included. By this `loss_memory` is kept.
 
         Returns:
             `[R]` or `[R, c]`.
         """
         if any(other.requires_grad for other in others):
             raise ValueError("read: only the student's logits get a gradient. Detach the other arguments.")
-        read = _Read(row_function, others, copies)
+        widths = [self.logits.shape[1], *(other.shape[1] for other in others if len(other.shape) == 2)]
+        read = _Read(row_function, others, copies * sum(widths))
         return _Reading.apply(self._anchor, self._shared.new(read), self._walk(read))
 
     def columns(self, ids: Tensor) -> Tensor:
@@ -132,8 +131,8 @@ class StudentRows:
         if first:
             dtype, device = float_dtype(self.logits), self.logits.device
             shared.largest, shared.total, shared.label_logits = torch.empty(3, len(self), dtype=dtype, device=device)
-        copies = ROW_COPIES if read is None else read.copies
-        for at, buffers in chunks_with_buffers(self.logits, 1 if entropy is None else 2, copies=copies):
+        floats = None if read is None else read.floats
+        for at, buffers in chunks_with_buffers(self.logits, 1 if entropy is None else 2, floats=floats):
             rows = self.logits[at]
             if entropy is not None:
                 entropy[at], *normaliser = entropy_largest_and_total(rows, *buffers)
@@ -159,12 +158,13 @@ class StudentRows:
 class _Read:
     """Something read from the rows, and, in a backward pass, the gradient of what came out.
 
-    `function` is a row function with its other arguments; or None, and `others` are the columns to gather.
+    `function` is a row function with its other arguments; or None, and `others` are the columns to gather. `floats`:
+    float32 numbers that it holds for each row, where they are many.
     """
 
     function: Callable[..., Tensor] | None = None
     others: tuple = ()
-    copies: int = ROW_COPIES
+    floats: int = 0
     gradient: Tensor | None = None
 
     def __call__(self, rows: Tensor, at: slice) -> Tensor:
@@ -178,7 +178,7 @@ class _Mass:
 
     columns: Tensor
     sums: Tensor
-    copies: int = ROW_COPIES
+    floats: int = 0
     gradient: Tensor | None = None
 
 
@@ -207,7 +207,7 @@ class _SharedGradient:
     def of_whole(self, logits: Tensor) -> Tensor:
         """The gradient of `[R, V]` logits, in their dtype."""
         found, gradient = self.take(), torch.empty_like(logits)
-        for at, (buffer,) in chunks_with_buffers(logits, 1, copies=max((read.copies for read, _ in found), default=1)):
+        for at, (buffer,) in chunks_with_buffers(logits, 1, floats=max((read.floats for read, _ in found), default=0)):
             in_place = gradient.dtype == buffer.dtype
             self._add_up(found, logits[at], at, out=gradient[at] if in_place else buffer)
             if not in_place:

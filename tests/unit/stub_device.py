@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-SHAPE_FROM_VALUES = ("nonzero", "masked_select", "unique", "_unique2", "repeat_interleave", "is_nonzero", "equal")
+SHAPE_FROM_VALUES = ("nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal")
 
 
 class Away(torch.Tensor):
@@ -68,6 +68,8 @@ class StubDevice(TorchDispatchMode):
         if name == "_to_copy" and target is not None and torch.device(target) != args[0].device:
             self._note_copy(args[0], kwargs)
         elif away and (name in (*SHAPE_FROM_VALUES, "_local_scalar_dense") or _picks_by_mask(name, args)):
+            self.waits.append(name)
+        elif away and name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.waits.append(name)
         stays = torch.device(target) == DEVICE if target is not None else bool(away)
         if target is not None and stays:

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from get_vocab_mapper.builders import build_prefixem
 from get_vocab_mapper.token_forms import TokenForms
-from modeling.losses import logits
 from modeling.losses.logits import ChunkedLogits
 from modeling.models.output_head import OutputHead
 from modeling.run_clm_bpm import boundary_map, bpm_losses
 from modeling.text.batch import ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
 from tests.reference import bpm_oracle
-from tests.unit.helpers import Made, assert_same, random_logits
+from tests.unit.helpers import assert_same, random_logits
 from tests.unit.test_rigs import batches, cases
 from tests.unit.tokenizer_zoo import load_real, real_dir
 
@@ -294,19 +293,3 @@ def test_tokens_astride_the_prompts_end():
     example["teacher_byte_ends"] = np.array([1, 2], dtype=np.int32)
     rows = ResponseCollator(student, teacher, "prefix")([example]).prefix_rows
     assert rows.interior.tolist() == [True, False] and rows.continued.tokens.tolist() == [0, 1]
-
-
-def test_few_operations_at_512_tokens(pair, monkeypatch):
-    """On an accelerator, where chunks are large, small kernels are what takes time: forward and backward, CE included."""
-    monkeypatch.setattr(logits, "CPU_ROWS", 220)
-    examples = (pair.prepared("BPM", slice(7)) * 3)[:17]
-    batch = pair.collator("BPM")(examples)
-    assert (
-        512 <= len(batch.student.labels) <= 660 and len(batch.prefix_rows.links.rows) and len(batch.prefix_rows.target)
-    )
-    student = random_logits(len(batch.student.labels), len(pair.student.forms), requires_grad=True)
-    teacher = random_logits(len(batch.teacher.labels), len(pair.teacher.forms), seed=1)
-    boundary = pair.mappers.boundary
-    with Made() as made:
-        bpm_losses(student, teacher, batch, boundary).mean().backward()
-    assert len(made.shapes) <= 600

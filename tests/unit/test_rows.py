@@ -177,11 +177,10 @@ def test_how_many_rows_a_chunk_has():
     on_cpu, on_gpu = torch.device("cpu"), torch.device("cuda")
     assert [chunk_rows(n, 1, on_cpu) for n in (0, 1, 512, 513, 6400)] == [8, 8, 8, 9, 100]
     assert chunk_rows(10, 10**9, on_gpu) == 1
-    assert chunk_rows(2000, 2**15, on_gpu, copies=8) == 1000  # a GiB holds 1,024 rows eight times
+    assert chunk_rows(2000, 2**18, on_gpu) == 1000  # a GiB holds 1,024 such rows
     with loss_memory(0.5):
-        found = [chunk_rows(n, 2**15, on_gpu, copies=8) for n in (0, 1, 512, 513, 1025)]
-        assert found == [1, 1, 512, 257, 342]
-        assert chunk_rows(513, 2**15, on_cpu, copies=8) == 257  # said by name, it holds on a CPU too
+        assert [chunk_rows(n, 2**18, on_gpu) for n in (0, 1, 512, 513, 1025)] == [1, 1, 512, 257, 342]
+        assert chunk_rows(513, 2**18, on_cpu) == 257  # said by name, it holds on a CPU too
 
 
 # ------------------------------------------------------------------------------------------------------ the gradient
