@@ -37,11 +37,15 @@ FILLED_TEMPLATE = re.compile(r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*)\n\
 
 
 def question_of(prompt: str) -> str:
-    """What a user would say: of a prompt in the Alpaca template its instruction, a blank line and its input."""
+    """What a user would say: of a prompt in the Alpaca template its instruction, a blank line and its input.
+
+    One that is not exactly that, or has headings of the template in its parts, stays as it is.
+    """
     filled = FILLED_TEMPLATE.search(prompt)
-    if filled is None or alpaca_prompt(filled[1], filled[2] or "") != prompt:
+    parts = ("", "") if filled is None else (filled[1], filled[2] or "")
+    if alpaca_prompt(*parts) != prompt or any("\n### " in part for part in parts):
         return prompt
-    return _question(filled[1], filled[2])
+    return _question(*parts)
 
 
 def _question(instruction: str, input: str | None) -> str:
