@@ -144,8 +144,10 @@ class Pair:
 
     @cached_property
     def mappers(self) -> Mappers:
+        ends = self.teacher.stop_ids, self.student.stop_ids
         em, mined = (
-            build(self.teacher.forms, self.student.forms, progress=False) for build in (build_em, build_mined)
+            build(self.teacher.forms, self.student.forms, progress=False).with_ends(*ends)
+            for build in (build_em, build_mined)
         )
         return Mappers(em, torch.from_numpy(mined.to_student.static).long())
 
