@@ -207,11 +207,15 @@ def read_rows(source: str | Path, chat: ChatRows | None = None, limit: int | Non
         limit: only the first so many rows.
     """
     for number, row in islice(read_source(source), limit):
-        try:
-            found = _plain_example(row) if chat is None else _chat_examples(row, chat)
-        except ValueError as error:
-            found = [{"prefix" if chat is None else "messages": "", "text": "", "fault": str(error)}]
-        yield from ({"row": number, **example} for example in found)
+        yield from ({"row": number, **example} for example in examples_of_row(row, chat))
+
+
+def examples_of_row(row: object, chat: ChatRows | None = None) -> list[dict]:
+    """The examples of one row, as `read_rows` gives them."""
+    try:
+        return _plain_example(row) if chat is None else _chat_examples(row, chat)
+    except ValueError as error:
+        return [{"prefix" if chat is None else "messages": "", "text": "", "fault": str(error)}]
 
 
 def _plain_example(row: object) -> list[dict]:

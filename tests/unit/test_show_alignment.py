@@ -111,7 +111,7 @@ def test_the_page_holds_both_alignments_of_the_text(show, text):
 
 def test_no_text_ends_the_script_that_it_stands_in(show, names):
     page, data = show("--text", HOSTILE, "--prefix", HOSTILE)
-    assert data["prefix"] == HOSTILE
+    assert data["prompts"] == {"teacher": HOSTILE, "student": HOSTILE}
     forms = [form_of(data["tokens"]["student"][str(token)]) for token in data["student"]["ids"][:-1]]
     assert HOSTILE.encode().endswith(b"".join(forms[1:]))
     bare, _ = show("--text", "x")
@@ -141,7 +141,7 @@ def test_a_row_of_a_training_file(show, tmp_path):
         (tmp_path / name).write_text(content, encoding="utf-8")
         _, data = show("--file", tmp_path / name, "--row", 2)
         assert data["source"] == f"{tmp_path / name}, row 2" and data["n_bytes"] == 3
-        assert "### Instruction:\nName one.\n" in data["prefix"]
+        assert "### Instruction:\nName one.\n" in data["prompts"]["teacher"]
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
