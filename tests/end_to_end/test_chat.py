@@ -139,7 +139,7 @@ def ended(model: Path, folder: Path) -> float:
 def test_a_base_student_learns_to_end_as_it_was_taught(tmp_path):
     """The base student's EOS is <|endoftext|>, the template that it is given ends answers with <|im_end|>; the teacher
     knows </s> and <end_of_turn>. After 60 steps on short answers the student ends by itself."""
-    student = tiny_llama(tmp_path / "base", made.chatml_tokenizer(template=None), 402, hidden=64, seed=3)
+    student = tiny_llama(tmp_path / "base", made.chatml_tokenizer(template=None), 402, hidden=64, seed=9)
     teacher = tiny_llama(tmp_path / "teacher", made.turns_tokenizer(), 602, hidden=64, seed=4)
     (tmp_path / "chatml.jinja").write_text(made.CHATML)
     data = chat_file(tmp_path / "train.jsonl", QUESTIONS)
