@@ -260,10 +260,9 @@ def settings_of(args: argparse.Namespace, seed: int) -> dict:
     left_out = {"output", "use_cpu", "trust_remote_code"}  # where it goes, and how; not what it is
     if args.greedy:
         left_out |= {"temperature", "top_p", "top_k"}
-    if not args.chat:
-        left_out |= {"chat", "system", "template_kwargs"}
     return {
         **{name: value for name, value in vars(args).items() if name not in left_out},
+        "chat": args.chat or None,  # as a folder has it that was made before there was this setting
         "seed": None if args.greedy else seed,
         "model_fingerprint": model_fingerprint(args.model),
         "data_sha256": file_digest(Path(args.data)),

@@ -57,8 +57,8 @@ if __name__ == "__main__":
     add("--template_kwargs", type=json.loads, help="What that template is given besides, a JSON object.")
     add("--further_arguments", default="", help="What is given to the harness besides.")
     args = parser.parse_args()
-    left_out = ("folder", "data_dir", *(() if args.chat else ("chat", "template_kwargs")))
-    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "data_dir")}
+    settings["chat"] = args.chat or None  # as a folder has it that was made before there was this setting
     settings["model_fingerprint"] = model_fingerprint(args.model)
     try:
         if args.data_dir:

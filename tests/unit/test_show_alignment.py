@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.reference import cdm_oracle
+from tests.unit.chat_templates import chatml_tokenizer, turns_tokenizer
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
 # Its scripts import each other as scripts do: from their own folder.
@@ -241,3 +242,25 @@ def test_a_user_sees_one_line(names, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(show_alignment.__file__, run_name="__main__")
     assert re.fullmatch(rf"error: {re.escape(str(tmp_path))}/no\.json: no such file.*", stopped.value.code)
+
+
+def test_a_chat_shows_both_prompts(tmp_path):
+    """Each side's in its own template, and the alignment ends with the tokens that these write."""
+    for side, tokenizer in (("teacher", turns_tokenizer()), ("student", chatml_tokenizer())):
+        tokenizer.save_pretrained(tmp_path / side)
+    rows = [{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": " The dog.\n"}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sides = ["--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student")]
+    of_file = ["--file", str(tmp_path / "rows.json"), "--row", "1"]
+    for source in (of_file, ["--text", "The dog.", "--prefix", "Say it.", "--chat"]):
+        output = tmp_path / "page.html"
+        show_alignment.run(show_alignment.parse([*sides, "--output", str(output), *source]))
+        (embedded,) = re.findall(r'id="data">(.*?)</script>', output.read_text(encoding="utf-8"), re.DOTALL)
+        data = json.loads(embedded)
+        assert data["prompts"] == {
+            "teacher": "<s><start>user\nSay it.<end_of_turn>\n<start>model\n",
+            "student": "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n",
+        }
+        last = [form_of(data["tokens"][side][str(data[side]["ids"][-1])]) for side in SIDES]
+        assert last == [b"<end_of_turn>", b"<|im_end|>"]
+        assert data["n_bytes"] == len("The dog.") and data["byte"]["aligned"] == 1
