@@ -141,7 +141,8 @@ class LanguageModel:
 
         for name in ("generation_config.json", "config.json"):
             if (path := file(name)) is not None:
-                settings = json.loads(Path(path).read_text(encoding="utf-8"))
+                with user_input(f"{self}: its {name} cannot be read"):
+                    settings = json.loads(Path(path).read_text(encoding="utf-8"))
                 ids = settings.get("eos_token_id", (settings.get("text_config") or {}).get("eos_token_id"))
                 return [] if ids is None else ids if isinstance(ids, list) else [ids]
         return self.below._generation_eos if file("adapter_config.json") is not None else []

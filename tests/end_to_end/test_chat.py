@@ -181,14 +181,16 @@ def test_a_base_student_learns_to_end_as_it_was_taught(tmp_path):
 
 
 def test_an_adapter_trained_on_a_data_set_of_parquet_files_remembers_its_end(tmp_path):
+    """Of rows without messages, which --chat true reads as chats."""
     student = tiny_llama(tmp_path / "base", made.chatml_tokenizer(), 402)
     (tmp_path / "set").mkdir()
-    rows = [{"messages": messages(*row)} for row in QUESTIONS]
+    rows = [{"prefix": question, "text": answer} for *_, question, answer in QUESTIONS]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/train-0.parquet")
     done = train(
         "run_clm_sft.py",
         tmp_path / "out",
         **{"model_name_or_path": student, "use_lora": "true", "train_file": f"{tmp_path}/set:train", "max_steps": 1},
+        chat="true",
     )
     assert "24 examples" in done.stderr
     end = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>")
