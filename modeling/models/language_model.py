@@ -129,7 +129,7 @@ class LanguageModel:
 
     @cached_property
     def stop_tokens(self) -> dict[int, list[str]]:
-        """The tokens that end a response, each with the places that name it (see `text.ends`)."""
+        """The tokens that end a response in a chat, each with the places that name it (see `text.ends`)."""
         return stop_tokens(self.tokenizer, self._generation_eos, self.template_end)
 
     @property
@@ -157,8 +157,10 @@ class LanguageModel:
         chats = self.template_kwargs is not None
         if chats:
             self._require_template()
-        end = self.template_end if chats and self.template_end is not None else tokenizer.eos_token_id
-        stop_ids = sorted(self.stop_tokens, key=lambda token: token != end)  # stable: the end, then as they are
+        template_end = self.template_end if chats else None  # outside of a chat, no template has a say
+        end = tokenizer.eos_token_id if template_end is None else template_end
+        stop_ids = stop_tokens(tokenizer, self._generation_eos, template_end)
+        stop_ids = sorted(stop_ids, key=lambda token: token != end)  # stable: the end, then as they are
         with user_input(str(self)):
             return Encoder(tokenizer, chat=self.chat if chats else None, stop_ids=stop_ids)
 

@@ -1,8 +1,8 @@
 """The end of a response is one event, whatever token says it.
 
 The *stop tokens* of a side are its tokenizer's EOS, every `eos_token_id` of its model's generation configuration, and
-the token that its chat template writes behind an assistant's message. One of them, the *end*, is what responses end
-with: the template's in chats, else EOS. It stands first in `Encoder.stop_ids`. From there on
+the token that its chat template writes behind an assistant's message, where the rows are chats. One of them, the *end*,
+is what responses end with: the template's in chats, else EOS. It stands first in `Encoder.stop_ids`. From there on
 
 - the labels of a batch that has two sides hold the end in the place of every stop token (`text.batch.Side`);
 - both sides' logits are folded: the end has the summed probability of the stop tokens, and the others have none
