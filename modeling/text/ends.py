@@ -37,7 +37,7 @@ def stop_tokens(tokenizer, generation_ids: Iterable[int], template_end: int | No
     """
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     named = [(tokenizer.eos_token_id, "the tokenizer's EOS")]
-    named += [(token_id, "generation_config.json") for token_id in generation_ids if token_id in special]
+    named += [(token_id, "the generation configuration") for token_id in generation_ids if token_id in special]
     named += [(template_end, "the chat template")]
     found: dict[int, list[str]] = {}
     for token_id, place in named:

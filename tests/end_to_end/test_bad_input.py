@@ -220,7 +220,7 @@ def test_a_file_without_one_row_that_can_be_used(script, model, tmp_path):
         f"{path}: none of its 3 rows can be used. Repair them, or give another file.",
         "  2 rows: the text to learn is empty, or white space alone (rows 1, 3)",
         "  1 row: it has the columns 'data', and none of these pairs: prefix + text; instruction + output; prompt + "
-        "completion; prompt + output (row 2)",
+        "completion; prompt + output; nor messages or conversations (row 2)",
     ]
 
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from get_vocab_mapper.builders import build_em, build_mined, build_prefixem
+from modeling.errors import InputError
 from modeling.losses.logits import ChunkedLogits, folded, stop_logits
+from modeling.models.language_model import LanguageModel
 from modeling.models.output_head import logits_at
 from modeling.text.chat import ChatTemplate
 from modeling.text.encoder import Encoder, prepare_example
@@ -83,8 +85,8 @@ def test_where_stop_tokens_come_from():
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert stop_tokens(tokenizer, [], None) == {0: ["the tokenizer's EOS"]}
     assert stop_tokens(tokenizer, [end, 0, 7, 10**6], end) == {
-        0: ["the tokenizer's EOS", "generation_config.json"],
-        end: ["generation_config.json", "the chat template"],  # 7 is a piece of text, 10⁶ no token
+        0: ["the tokenizer's EOS", "the generation configuration"],
+        end: ["the generation configuration", "the chat template"],  # 7 is a piece of text, 10⁶ no token
     }
 
 
@@ -257,3 +259,33 @@ def test_a_student_with_one_stop_token_is_left_as_it_is(pair, tmp_path):
     batch = trainer.data_collator(pair.prepared("ULD", slice(2), longest=20))
     trainer.student_logits(trainer.model, batch)
     assert trainer.end_choice is None and batch.student.stop_ids == (pair.student.eos_id,)
+
+
+def test_a_sides_stop_tokens_from_its_files(tmp_path):
+    """The generation configuration's, that of the model below an adapter, and the template's where rows are chats."""
+    tokenizer, folder, adapter = made.chatml_tokenizer(), tmp_path / "model", tmp_path / "adapter"
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    for place in (folder, adapter):
+        tokenizer.save_pretrained(place)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0}))
+    about = {"peft_type": "LORA", "base_model_name_or_path": str(folder), "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+
+    def side(path, **options):
+        return LanguageModel(str(path), "teacher_path", **options)
+
+    named = {0: ["the tokenizer's EOS", "the generation configuration"], end: ["the chat template"]}
+    assert side(folder).stop_tokens == named
+    for eos, more in ((0, ()), ([0, start, 7], (start,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        for path in (folder, adapter):
+            assert side(path).encoder.stop_ids == (0, *more)
+            assert side(path, template_kwargs={}).encoder.stop_ids == (end, 0, *more)
+    bare = side(folder, template_kwargs={}, chat_template=made.PLAIN)  # its end is no token
+    assert bare.encoder.stop_ids == (0, start) and bare.tokenizer.chat_template == made.PLAIN
+    with pytest.raises(InputError, match=r"teacher's tokenizer has no chat template.*--teacher_chat_template FILE"):
+        _ = side(folder, template_kwargs={}, chat_template="").encoder
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config.json cannot be read"):
+        _ = side(folder).encoder
