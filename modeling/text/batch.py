@@ -214,9 +214,7 @@ def example_key(input_ids: np.ndarray, response_start: int) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16, salt=int(response_start).to_bytes(8, "little")).digest()
 
 
-def token_distances(
-    teacher: Encoder, teacher_ids: np.ndarray, student: Encoder, student_ids: np.ndarray
-) -> np.ndarray:
+def token_distances(teacher: Encoder, teacher_ids: np.ndarray, student: Encoder, student_ids: np.ndarray) -> np.ndarray:
     """uint16 [len(teacher_ids), len(student_ids)]: Levenshtein distances of the tokens' texts, spaces left out.
 
     Two EOS tokens are at distance 0 whatever their texts (CDM, arXiv 2502.11104, section 3.1).

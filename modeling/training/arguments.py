@@ -139,7 +139,7 @@ class DataArguments:
                 legal = isinstance(json.loads(self.template_kwargs), dict)
             except ValueError:
                 legal = False
-            check(legal, "template_kwargs", self.template_kwargs, 'give a JSON object, such as \'{"name": false}\'')
+            check(legal, "template_kwargs", self.template_kwargs, "give a JSON object, such as '{\"name\": false}'")
         check(self.block_size >= 2, "block_size", self.block_size, "a prompt and a response need at least 2 tokens")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)

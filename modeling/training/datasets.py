@@ -30,9 +30,7 @@ def load_data(
     """The tokenised `(train, validation)` sets that the run needs, None for one that it does not."""
     rest = args, training_args, encoders, chat
     return (
-        load_examples("train_file", args.train_file, args.max_train_samples, *rest)
-        if training_args.do_train
-        else None,
+        load_examples("train_file", args.train_file, args.max_train_samples, *rest) if training_args.do_train else None,
         load_examples("validation_file", args.validation_file, args.max_eval_samples, *rest)
         if training_args.do_eval or training_args.eval_strategy != "no"
         else None,
