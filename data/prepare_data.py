@@ -4,7 +4,8 @@
     python data/prepare_data.py gsm8k --output data/math_tuning.jsonl
     python data/prepare_data.py code  --output data/code_tuning.jsonl --source mbpp.jsonl
 
-Every row of the output holds `prefix`, the filled-in Alpaca template, and `text`, the response to learn. The output
+Every row of the output holds `prefix`, the filled-in Alpaca template, and `text`, the response to learn; or, with
+`--format messages`, `messages`: the instruction and input as the user's, the response as the assistant's. The output
 has one JSON object a line if its name ends in .jsonl, and is one JSON array if it ends in .json.
 
 A source is a local file (.json, .jsonl, both also with .gz, or .parquet), a folder that `datasets.load_dataset` can
@@ -24,7 +25,7 @@ from pathlib import Path
 from modeling.errors import InputError, first_line, user_input
 from modeling.files import write_whole
 from modeling.text.json_files import read_json
-from modeling.text.rows import alpaca_prompt, prefix_and_text, require_nothing_unread
+from modeling.text.rows import alpaca_prompt, prefix_and_text, question_of, require_nothing_unread
 
 ROWS_NAMED = 10  # how many rows a line of the report names, so that it stays one line
 
@@ -243,6 +244,12 @@ def take_validation(examples: list[dict], size: int, seed: int) -> tuple[list[di
     return training, [examples[place] for place in sorted(drawn)]
 
 
+def as_messages(example: dict) -> dict:
+    """The same row as a chat."""
+    contents = {"user": question_of(example["prefix"]), "assistant": example["text"]}
+    return {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
+
+
 def json_line(example: dict) -> str:
     """One line of JSON with readable letters.
 
@@ -251,9 +258,9 @@ def json_line(example: dict) -> str:
     return re.sub("[\x85\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(example, ensure_ascii=False))
 
 
-def write_examples(path: Path, examples: list[dict]) -> None:
+def write_examples(path: Path, examples: list[dict], layout: str) -> None:
     """Writes one object a line, or an array, as the file's name says."""
-    lines = [json_line(example) for example in examples]
+    lines = [json_line(as_messages(example) if layout == "messages" else example) for example in examples]
     text = "\n".join(lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
     with user_input(str(path)):
         write_whole(path, f"{text}\n".encode())
@@ -281,8 +288,8 @@ def run(args: argparse.Namespace) -> None:
     if args.validation_output:
         size = 500 if args.validation_size is None else args.validation_size
         examples, validation = take_validation(examples, size, args.seed)
-        write_examples(args.validation_output, validation)
-    write_examples(args.output, examples)
+        write_examples(args.validation_output, validation, args.format)
+    write_examples(args.output, examples, args.format)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -318,6 +325,8 @@ def add_command(
     add("--config", default=config, help=what + (default if config else ", where there are several"))
     what = "the training file: one object a line if it ends in .jsonl, an array if it ends in .json"
     add("--output", type=output_file, required=True, help=what)
+    what = "the rows' columns: prefix and text in the Alpaca template, or messages, for chat models"
+    add("--format", choices=("prefix", "messages"), default="prefix", help=what + default)
     add("--validation_output", type=output_file, help="put some of the examples into this file instead")
     add("--validation_size", type=int, help="how many, drawn at random (500 where only the file is given)")
     add("--seed", type=int, default=42, help="seed of the draw" + default)

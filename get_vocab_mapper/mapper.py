@@ -6,6 +6,7 @@ the similar tokens of every token that has no exact match.
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,10 +83,21 @@ class Direction:
 
     def below(self, threshold: float) -> "Direction":
         """The same map without the similar pairs at `threshold` or beyond."""
-        keep = self.distances < np.float32(threshold)
+        return self._keeping(self.distances < np.float32(threshold))
+
+    def _keeping(self, keep: np.ndarray) -> "Direction":
         kept_before = np.concatenate(([0], np.cumsum(keep)))
         indptr = kept_before[self.indptr].astype(np.int32)
         return replace(self, indptr=indptr, indices=self.indices[keep], distances=self.distances[keep])
+
+    def with_ends(self, stop_ids: Sequence[int], other_stop_ids: Sequence[int]) -> "Direction":
+        """The same map, in which this side's stop tokens map to the first of the other's, and nothing else to any."""
+        stop_ids, other_stop_ids = list(stop_ids), list(other_stop_ids)
+        static = np.where(np.isin(self.static, other_stop_ids), np.int32(-1), self.static)
+        static[stop_ids] = other_stop_ids[0]
+        rows = np.repeat(np.arange(len(static)), np.diff(self.indptr))
+        keep = ~(np.isin(rows, stop_ids) | np.isin(self.indices, other_stop_ids))
+        return replace(self._keeping(keep), static=static)
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,20 @@ class VocabMapper:
         if special is not None:
             keep &= ~(special[0][teacher_ids] | special[1][student_ids])
         return teacher_ids[keep], student_ids[keep]
+
+    def with_ends(self, teacher_stop_ids: Sequence[int], student_stop_ids: Sequence[int]) -> "VocabMapper":
+        """The mapper for two models whose stop tokens are known: they match each other by role, whatever their text.
+
+        A file is made for tokenizers, which declare one EOS; a run's models and chat templates name the others.
+
+        Args:
+            teacher_stop_ids, student_stop_ids: of each side, the token that its responses end with first.
+        """
+        return replace(
+            self,
+            to_student=self.to_student.with_ends(teacher_stop_ids, student_stop_ids),
+            to_teacher=self.to_teacher.with_ends(student_stop_ids, teacher_stop_ids),
+        )
 
     def check_tokenizers(self, teacher_forms: TokenForms, student_forms: TokenForms, source: str) -> None:
         """Raises ValueError, naming the mapper's `source`, if either tokenizer is not the one that it was built for."""

@@ -168,7 +168,7 @@ class ALMTrainer(DistillationTrainer):
 @one_message
 def main() -> None:
     run = Run(__doc__, distillation=ALMDistillationArguments, method=ALMArguments)
-    args, encoders, boundaries = run.method, (run.teacher.encoder, run.student.encoder), None
+    args, encoders, boundaries = run.method, run.encoders[::-1], None  # teacher, student
     if args.debias == "space":
         boundaries = [boundary_tokens(encoder.forms, [encoder.eos_id]) for encoder in encoders]
     run.train(

@@ -177,7 +177,7 @@ def main() -> None:
     run.train(
         BPMTrainer,
         alignment="prefix",
-        boundary=boundary_map(mapper, run.student.encoder, run.teacher.encoder),
+        boundary=boundary_map(mapper, *run.encoders),
         beta=args.beta,
         spanning=args.spanning,
         mask_whitespace=args.mask_whitespace,

@@ -43,10 +43,22 @@ over_devices() {
     run "${command[@]}" "$@"
 }
 
+# chat_arguments: CHAT=1, SYSTEM and TEMPLATE_KWARGS as arguments, in the array `chat`.
+chat_arguments() {
+    chat=()
+    if [[ ${CHAT:-0} == 1 ]]; then
+        chat=(--chat ${TEMPLATE_KWARGS:+--template_kwargs "$TEMPLATE_KWARGS"})
+    elif [[ -n ${SYSTEM:-}${TEMPLATE_KWARGS:-} ]]; then
+        die "SYSTEM and TEMPLATE_KWARGS go with CHAT=1."
+    fi
+}
+
 # generate ARGUMENTS…: generate.py with these, and with the settings that all its callers have.
 generate() {
     choose_devices
     [[ $DEVICE != cpu ]] || set -- --use_cpu "$@"
+    chat_arguments
+    set -- "${chat[@]}" ${SYSTEM:+--system "$SYSTEM"} "$@"
     over_devices "$EVAL_DIR/generate.py" --model "$MODEL" --max_length "$MAX_LENGTH" \
         --max_prompt_length "$MAX_PROMPT_LENGTH" ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} --dtype "$DTYPE" "$@"
 }

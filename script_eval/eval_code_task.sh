@@ -26,6 +26,9 @@ MAX_LENGTH=${MAX_LENGTH:-1024}                              # tokens of prompt a
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-$((MAX_LENGTH / 2))} # the rest is for the response
 BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
+CHAT=${CHAT:-0}                                             # 1: asked in the model's chat template, with
+SYSTEM=${SYSTEM:-}                                          # this system message in front, and
+TEMPLATE_KWARGS=${TEMPLATE_KWARGS:-}                        # what the template is given besides, a JSON object
 PARALLEL=${PARALLEL:-}                                      # solutions run at a time; none = half the cores
 MIN_TIME_LIMIT=${MIN_TIME_LIMIT:-1}                         # seconds that a test may take at least (EvalPlus's own: 1)
 

@@ -25,6 +25,9 @@ DSKD_COMPAT=${DSKD_COMPAT:-0}                               # 1: no 6-gram repea
 ROUGE_TOKENIZER=${ROUGE_TOKENIZER:-rouge_score}             # or unicode, for text in other letters than a to z
 BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
+CHAT=${CHAT:-0}                                             # 1: asked in the model's chat template, with
+SYSTEM=${SYSTEM:-}                                          # this system message in front, and
+TEMPLATE_KWARGS=${TEMPLATE_KWARGS:-}                        # what the template is given besides, a JSON object
 
 read -ra sets <<<"$SETS"
 read -ra seeds <<<"$SEEDS"

@@ -20,8 +20,13 @@ NUM_FEWSHOT=${NUM_FEWSHOT:-0}                               # solved examples in
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}                       # of a response (the harness's own: 256)
 BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
 DTYPE=${DTYPE:-auto}                                        # of the weights; auto = as saved
+CHAT=${CHAT:-0}                                             # 1: asked in the model's chat template, with
+SYSTEM=${SYSTEM:-}                                          # this system message in front, and
+TEMPLATE_KWARGS=${TEMPLATE_KWARGS:-}                        # what the template is given besides, a JSON object
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                   # 1 runs Python code that a hub model carries
 
+chat_arguments
+[[ $CHAT != 1 ]] || set -- --apply_chat_template ${SYSTEM:+--system_instruction "$SYSTEM"} "$@"
 [[ $TRUST_REMOTE_CODE != 1 ]] || set -- --trust_remote_code "$@"
 
 if [[ -n $DATA_DIR && ! (-f $DATA_DIR/gsm8k/train.jsonl && -f $DATA_DIR/gsm8k/test.jsonl) ]]; then
@@ -33,7 +38,7 @@ BATCH_SIZE=${BATCH_SIZE:-$default_batch}
 # Also refuses a folder that was started with other settings.
 run "$PYTHON" "$EVAL_DIR/math_task.py" --folder "$OUTPUT" --model "$MODEL" --dtype "$DTYPE" \
     --num_fewshot "$NUM_FEWSHOT" --max_new_tokens "$MAX_NEW_TOKENS" --batch_size "$BATCH_SIZE" \
-    ${LIMIT:+--limit "$LIMIT"} ${DATA_DIR:+--data_dir "$DATA_DIR/gsm8k"} --further_arguments="$*"
+    ${LIMIT:+--limit "$LIMIT"} ${DATA_DIR:+--data_dir "$DATA_DIR/gsm8k"} "${chat[@]}" --further_arguments="$*"
 
 if [[ ! -e $OUTPUT/results.json ]]; then
     device=$DEVICE

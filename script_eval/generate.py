@@ -4,7 +4,11 @@
     torchrun --nproc_per_node 8 script_eval/generate.py …        # the same text, on eight devices of one machine
 
 `--model` is a folder, a hub name, or the folder of a LoRA adapter. Each row of the output has the number of its prompt
-(`row`, from 0), the `response` up to EOS, its `tokens`, whether it `ended` with EOS, and whether its prompt was `cut`.
+(`row`, from 0), the `response` up to the first stop token (see `modeling/text/ends.py`), its `tokens`, whether it
+`ended` by itself, and whether its prompt was `cut`.
+
+With `--chat` each prompt is a user's message, in the model's chat template, as a student of chats was taught. A prompt
+that is filled into the Alpaca template is asked as its instruction and input.
 
 What a row's text depends on. `--max_length` counts as in DSKD (arXiv 2406.17328): half of it is for the prompt, which
 is cut to `--max_prompt_length`, and the rest for the response, however short the prompt. A token is drawn with two
@@ -20,6 +24,7 @@ An interrupted run, started again, resumes at the first missing row. Its setting
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -50,6 +55,9 @@ from transformers import (
 )
 
 from modeling.models.language_model import LanguageModel
+from modeling.text.chat import ChatTemplate
+from modeling.text.encoder import put_in_front
+from modeling.text.rows import question_of
 
 BLOCK = 512  # columns of the vocabulary that `draw` sums first
 
@@ -140,7 +148,20 @@ def load_model(args: argparse.Namespace, device: torch.device):
     """Model and tokenizer, as a training script would load them; an adapter is merged into the model below it."""
     source = LanguageModel(args.model, "model", args.trust_remote_code)
     _ = source.config  # what is wrong with its files is said first
-    return source.load(args.dtype).to(device).eval(), source.tokenizer
+    model = source.load(args.dtype).to(device).eval()
+    model.generation_config.eos_token_id = list(source.stop_tokens)
+    return model, source.tokenizer
+
+
+def asked(prompt: str, tokenizer, args: argparse.Namespace) -> str:
+    """A prompt as the model is given it: with --chat, in its chat template."""
+    if not args.chat:
+        return prompt
+    if not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {args.model} has no chat template.")
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    chat = ChatTemplate(tokenizer, "model", args.template_kwargs)
+    return chat.question([*system, {"role": "user", "content": question_of(prompt)}])
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -156,10 +177,13 @@ def eos_ids(model, tokenizer) -> list[int]:
 def prompt_ids(tokenizer, prompt: str, longest: int, cut_right: bool) -> tuple[list[int], bool]:
     """The prompt's tokens, at most `longest`, and whether some were cut off.
 
-    What the tokenizer adds in front (BOS) stays; what it adds behind (EOS) is left out, as in training. Cutting on the
-    left keeps the end of the template, "### Response:"; cutting on the right loses it.
+    What the tokenizer adds in front (BOS) stays, unless the prompt begins with it; what it adds behind (EOS) is left
+    out, as in training. Cutting on the left keeps the end of the template, "### Response:"; cutting on the right loses
+    it.
     """
-    encoding = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
+    bos = put_in_front(tokenizer)
+    adds = not (bos and prompt.startswith(bos))
+    encoding = tokenizer(prompt, add_special_tokens=adds, return_special_tokens_mask=True, verbose=False)
     ids, added = encoding["input_ids"], encoding["special_tokens_mask"]
     content = [place for place, special in enumerate(added) if not special]
     if not content:
@@ -243,6 +267,7 @@ def settings_of(args: argparse.Namespace, seed: int) -> dict:
         left_out |= {"temperature", "top_p", "top_k"}
     return {
         **{name: value for name, value in vars(args).items() if name not in left_out},
+        "chat": args.chat or None,  # as a folder has it that was made before there was this setting
         "seed": None if args.greedy else seed,
         "model_fingerprint": model_fingerprint(args.model),
         "data_sha256": file_digest(Path(args.data)),
@@ -266,7 +291,8 @@ def run(args: argparse.Namespace) -> None:
     if not unfinished:
         return
     model, tokenizer = load_model(args, device)
-    prompts = [prompt_ids(tokenizer, row["prompt"], args.max_prompt_length, args.dskd_compat) for row in rows]
+    texts = [asked(row["prompt"], tokenizer, args) for row in rows]
+    prompts = [prompt_ids(tokenizer, text, args.max_prompt_length, args.dskd_compat) for text in texts]
     for seed, output in unfinished.items():
         # The environment is no setting: it may change between two parts of a run.
         write_json(output.with_suffix(".environment.json"), {"device": device.type, "versions": versions()})
@@ -293,6 +319,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Two habits of DSKD's evaluation: no 6-gram is repeated, and prompts are cut on the right, not the left.",
     )
+    add("--chat", action="store_true", help="Ask in the model's chat template, the prompt being a user's message.")
+    add("--system", help="With --chat: a system message in front, as in training.")
+    add("--template_kwargs", type=json.loads, help="With --chat: what the template is given besides, a JSON object.")
     add("--use_cpu", action="store_true", help="Leave accelerators alone.")
     add_loading_arguments(parser)
     args = parser.parse_args(argv)
@@ -306,6 +335,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (args.top_k < 0, "--top_k must be 0 or more"),
         (args.batch_size is not None and args.batch_size < 1, "--batch_size must be 1 or more"),
         (args.limit is not None and args.limit < 1, "--limit must be 1 or more"),
+        (args.chat and args.dskd_compat, "--dskd_compat cuts off the end of a prompt, which --chat needs"),
+        (not args.chat and (args.system or args.template_kwargs), "--system and --template_kwargs go with --chat"),
+        (not isinstance(args.template_kwargs, dict | None), "--template_kwargs must be a JSON object"),
         (len(args.seed) > 1 and "{seed}" not in args.output, "several seeds need {seed} in --output"),
     ):
         if wrong:

@@ -8,6 +8,9 @@ exactly, by bytes. Groups that do not cover the same bytes on both sides are mar
 sides' most probable tokens in it, which pairs the mapper finds between them, and how much of the teacher's probability
 these hold. The page needs nothing but itself, and no network.
 
+Rows with messages, and with `--chat true` all rows, are chats: each side's prompt is in its own template, and the page
+shows both.
+
 All figures are those of training with `run_clm_distill_CDM.py`, by the same functions, at temperature 1. Where a folder
 holds no weights, only a tokenizer, the page shows the alignments alone: dynamic time warping then has equal weights.
 """
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from eval_records import add_loading_arguments, write_text
 from transformers import PreTrainedModel
+from transformers.hf_argparser import string_to_bool
 
 from get_vocab_mapper.builders import build_em, exact_matches
 from get_vocab_mapper.mapper import DEFAULT_THRESHOLD, VocabMapper
@@ -39,7 +43,9 @@ from modeling.models.output_head import logits_at
 from modeling.text.alignment import Groups, aligned_tokens, byte_groups, dtw_groups
 from modeling.text.batch import ResponseCollator, Side
 from modeling.text.encoder import Encoder, prepare_example
-from modeling.text.rows import prefix_and_text, read_rows
+from modeling.text.ends import fold_ends, shared_ends
+from modeling.text.messages import ChatRows
+from modeling.text.rows import are_chat_rows, examples_of_row, read_rows
 
 TEMPLATE = Path(__file__).with_name("alignment_page.html")
 SIDES = ("teacher", "student")
@@ -62,18 +68,32 @@ def has_weights(name: str) -> bool:
 
 def example_of(args: argparse.Namespace) -> tuple[dict, str]:
     """The row to show, and where it is from. Raises ValueError naming the file and the row."""
+    chat = ChatRows(args.chat, system=args.system) if args.chat or (args.file and are_chat_rows(args.file)) else None
     if args.text is not None:
-        prefix, text = prefix_and_text({"prefix": args.prefix, "text": args.text})
-        return {"row": 1, "prefix": prefix, "text": text}, "--text"
-    for row in read_rows(args.file):
+        (example,) = examples_of_row({"prefix": args.prefix, "text": args.text}, chat)
+        return {"row": 1, **example}, "--text"
+    for row in read_rows(args.file, chat):
         if row["row"] == args.row:
             return row, f"{args.file}, row {args.row}"
     raise ValueError(f"{args.file}: there is nothing in row {args.row}. Give --row the number of another.")
 
 
+def side_of(name: str, args: argparse.Namespace, chats: bool) -> LanguageModel:
+    file = getattr(args, f"{name}_chat_template")
+    template = None if file is None else file.read_text(encoding="utf-8")
+    kwargs = (args.template_kwargs or {}) if chats else None
+    path = getattr(args, name)
+    return LanguageModel(path, name, args.trust_remote_code, chat_template=template, template_kwargs=kwargs)
+
+
+def encoders_of(sides: Sides) -> list[Encoder]:
+    """Of the student and the teacher, as in training."""
+    return shared_ends(sides["student"].encoder, sides["teacher"].encoder)
+
+
 def prepare(row: dict, source: str, sides: Sides, block_size: int | None, with_models: bool) -> dict:
     """The columns of `prepare_example`. Raises ValueError where no response is left or a model reads no such length."""
-    encoders = [sides["student"].encoder, sides["teacher"].encoder]
+    encoders = encoders_of(sides)
     example = prepare_example(row, encoders, sys.maxsize if block_size is None else block_size)
     if example["fault"]:
         fault = example["fault"] if row.get("fault") or block_size is not None else "no token is left of its text"
@@ -106,7 +126,7 @@ def page_data(
     sides: Sides, models: dict[str, PreTrainedModel], mapper: VocabMapper | None, example: dict, topk: int
 ) -> dict:
     """What the page shows of one prepared example, as JSON values; without a mapper no models are needed."""
-    collate = ResponseCollator(sides["student"].encoder, sides["teacher"].encoder, alignment="entropy_dtw")
+    collate = ResponseCollator(*encoders_of(sides), alignment="entropy_dtw")
     batch = collate([example])
     (distances,) = batch.token_distances
     ends = tuple(getattr(batch, name).byte_ends[0] for name in SIDES)
@@ -121,9 +141,12 @@ def page_data(
     weights = {name: np.ones(len(ids[name]), dtype=np.int64) for name in SIDES}
     if mapper is not None:
         for name in SIDES:
-            z = logits[name] = predicting_logits(sides[name], models[name], getattr(batch, name))
-            h, ce = entropy(z), StudentRows(z, ids[name]).ce
-            weights[name] = entropy_weights(h, getattr(batch, name).example, 1).numpy()
+            side = getattr(batch, name)
+            z = predicting_logits(sides[name], models[name], side)
+            ce = StudentRows(z, side.input_ids.flatten()[side.predictor_rows + 1]).ce  # of the tokens themselves
+            logits[name] = fold_ends(z.clone(), side.stop_ids)
+            h = entropy(logits[name])
+            weights[name] = entropy_weights(h, side.example, 1).numpy()
             data[name] |= {
                 "entropy": rounded(h),
                 "weight": weights[name].tolist(),
@@ -239,7 +262,7 @@ def visible(form: bytes) -> list[str | list[str]]:
     return parts
 
 
-def notes(row: dict, example: dict, sides: Sides, why_no_models: str | None) -> list[str]:
+def notes(prompts: dict[str, str], example: dict, sides: Sides, why_no_models: str | None) -> list[str]:
     """What a reader must know to read the figures right."""
     lines = []
     if why_no_models:
@@ -248,7 +271,7 @@ def notes(row: dict, example: dict, sides: Sides, why_no_models: str | None) -> 
         lines.append("The text is cut to --block_size tokens, and so has no end-of-sequence token.")
     for name, side in sides.items():
         first = int(example[f"{COLUMNS[name]}input_ids"][-len(example[f"{COLUMNS[name]}byte_ends"])])
-        if not row["prefix"] and example[f"{COLUMNS[name]}byte_ends"][0] > len(side.encoder.forms.forms[first]):
+        if not prompts[name] and example[f"{COLUMNS[name]}byte_ends"][0] > len(side.encoder.forms.forms[first]):
             lines.append(f"The {name}'s first token is left out: there is nothing before it that could predict it.")
     return lines
 
@@ -275,7 +298,7 @@ def run(args: argparse.Namespace) -> None:
 
     # All that can be wrong is found before the weights are loaded.
     row, source = example_of(args)
-    sides = {flag: LanguageModel(name, flag, args.trust_remote_code) for flag, name in names.items()}
+    sides = {name: side_of(name, args, chats="messages" in row) for name in SIDES}
     example = prepare(row, source, sides, args.block_size, with_models=not why_no_models)
     forms = [side.encoder.forms for side in sides.values()]
     mapper, models, description = None, {}, {}
@@ -284,12 +307,15 @@ def run(args: argparse.Namespace) -> None:
             mapper, origin = load_mapper(args.mapper, *forms, args.simi_threshold), args.mapper
         else:
             mapper, origin = build_em(*forms, args.simi_threshold), "built for this page"
+        student, teacher = encoders_of(sides)
+        mapper = mapper.with_ends(teacher.stop_ids, student.stop_ids)
         k = min(args.topk, *map(len, forms))
         description = {"mapper": f"{origin} ({mapper.kind}, θ = {mapper.threshold})", "topk": k}
         models = {name: side.load(args.dtype).to(args.device).eval() for name, side in sides.items()}
 
     data = page_data(sides, models, mapper, example, args.topk) | description
-    data |= {"source": source, "prefix": row["prefix"], "notes": notes(row, example, sides, why_no_models)}
+    prompts = {name: side.encoder.prefix(row) for name, side in sides.items()}
+    data |= {"source": source, "prompts": prompts, "notes": notes(prompts, example, sides, why_no_models)}
     write_text(args.output, page(data))
     print(f"written: {args.output}")
 
@@ -305,6 +331,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     text.add_argument("--file", help="A training file; --row says which of its rows to show.")
     add("--row", type=int, help="The row of --file: its place in the array, or its line, from 1.")
     add("--prefix", help="The prompt in front of --text. Default none.")
+    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    add("--chat", **yes_or_no, help="Read rows without messages as chats, too, as in training.")
+    add("--system", help="The system message of a chat without one, as in training.")
+    add("--template_kwargs", type=json.loads, help="What chat templates are given besides, a JSON object.")
+    for name in SIDES:
+        add(f"--{name}_chat_template", type=Path, help=f"A file with the {name}'s chat template, as in training.")
     add("--output", type=Path, required=True, help="The HTML file to write.")
     add("--topk", type=int, default=100, help="Candidates a side and group, as in training. Default 100.")
     add(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from modeling.text.ends import fold_ends
 
 LEAST_LOGIT = -1e3  # below the largest; e to its power is 0 even in float64, and 0 times it is not NaN
 CPU_CHUNKS, CPU_ROWS = 64, 8
@@ -99,6 +101,21 @@ class ChunkedLogits:
 
 
 Logits = Tensor | ChunkedLogits
+
+
+def folded(logits: Logits, stop_ids: tuple[int, ...]) -> Logits:
+    """The same logits, with ending as one event (see `text.ends`)."""
+    if not isinstance(logits, ChunkedLogits):
+        return fold_ends(logits, stop_ids)
+    head = logits.head
+    ending = replace(head, stop_ids=stop_ids) if logits.has_weights else lambda rows: fold_ends(head(rows), stop_ids)
+    return replace(logits, head=ending)
+
+
+def stop_logits(logits: Logits, stop_ids: tuple[int, ...]) -> Tensor:
+    """[R, len(stop_ids)], with gradient: columns of logits."""
+    ids = list(stop_ids)
+    return logits.head.columns(ids)(logits.hidden) if isinstance(logits, ChunkedLogits) else logits[:, ids]
 
 
 @dataclass(frozen=True)

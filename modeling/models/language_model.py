@@ -5,11 +5,13 @@ Weights come from safetensors files alone: a pickle can run code when it is load
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -31,9 +33,13 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from modeling.errors import InputError, user_input
 from modeling.models.model_files import require_causal, require_files, require_packages, told
+from modeling.text.chat import ChatTemplate
 from modeling.text.encoder import Encoder
+from modeling.text.ends import stop_tokens
 
 logger = logging.getLogger(__name__)
+
+QUIETLY = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")  # `cached_file`: None
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,16 @@ class LanguageModel:
         flag: the argument that named it, for messages.
         trust_remote_code: whether Python code that comes with the model is run.
         attn_implementation: attention kernel; None is the library's choice.
+        chat_template: takes the place of its tokenizer's.
+        template_kwargs: that its template is given where the rows are chats; None where they are not.
     """
 
     path: str
     flag: str
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    chat_template: str | None = None
+    template_kwargs: dict | None = field(default=None, hash=False)
 
     def __str__(self) -> str:
         return f"--{self.flag} {self.path}"
@@ -95,14 +105,82 @@ class LanguageModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises InputError where it cannot be loaded."""
         with told(f"{self}: its tokenizer cannot be loaded", self.path):
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
+
+    @property
+    def side(self) -> str:
+        return "teacher" if "teacher" in self.flag else "student"
+
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The tokenizer's chat template, where it has one."""
+        return ChatTemplate(self.tokenizer, self.side, self.template_kwargs) if self.tokenizer.chat_template else None
+
+    @cached_property
+    def template_end(self) -> int | None:
+        """The token that the template writes behind an assistant's message; None without a template or such a token."""
+        try:
+            return None if self.chat is None else self.chat.end_id
+        except ValueError:  # it refuses the shortest of chats; of chat rows, the list of rows left out says so
+            return None
+
+    @cached_property
+    def stop_tokens(self) -> dict[int, list[str]]:
+        """The tokens that end a response in a chat, each with the places that name it (see `text.ends`)."""
+        return stop_tokens(self.tokenizer, self._generation_eos, self.template_end)
+
+    @property
+    def _generation_eos(self) -> list[int]:
+        """`eos_token_id` of generation_config.json, else of config.json; of an adapter without, the model's below."""
+
+        def file(name: str) -> str | None:
+            return cached_file(self.path, name, **dict.fromkeys(QUIETLY, False))
+
+        for name in ("generation_config.json", "config.json"):
+            if (path := file(name)) is not None:
+                with user_input(f"{self}: its {name} cannot be read"):
+                    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+                ids = settings.get("eos_token_id", (settings.get("text_config") or {}).get("eos_token_id"))
+                return [] if ids is None else ids if isinstance(ids, list) else [ids]
+        return self.below._generation_eos if file("adapter_config.json") is not None else []
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The tokenizer, as training uses it. Raises InputError where it cannot be used (see `Encoder`)."""
+        """The tokenizer, as training uses it: with its chat template where the rows are chats.
+
+        Raises InputError where it cannot be used (see `Encoder`), or has no chat template and the rows are chats.
+        """
         tokenizer = self.tokenizer  # whose own message names the flag already
+        chats = self.template_kwargs is not None
+        if chats:
+            self._require_template()
+        template_end = self.template_end if chats else None  # outside of a chat, no template has a say
+        end = tokenizer.eos_token_id if template_end is None else template_end
+        stop_ids = stop_tokens(tokenizer, self._generation_eos, template_end)
+        stop_ids = sorted(stop_ids, key=lambda token: token != end)  # stable: the end, then as they are
         with user_input(str(self)):
-            return Encoder(tokenizer)
+            return Encoder(tokenizer, chat=self.chat if chats else None, stop_ids=stop_ids)
+
+    def _require_template(self) -> None:
+        if self.chat is None:
+            raise InputError(
+                f"{self}: the rows are chats, and the {self.side}'s tokenizer has no chat template. Give one: "
+                f"--{self.side}_chat_template FILE (a Jinja template, such as chat_template.jinja of the other model)."
+            )
+        if self.template_end is None:
+            logger.warning(
+                "%s: its chat template writes no token of its tokenizer behind an answer: responses end with EOS, %r.",
+                *(self, self.tokenizer.eos_token),
+            )
+        if self.chat.writes_the_date:
+            logger.warning(
+                "%s: its chat template may write the day's date, so that prompts change from day to day. Many take a "
+                'date: --template_kwargs \'{"date_string": "1 Jan 2026"}\'.',
+                self,
+            )
 
     @cached_property
     def vocab_size(self) -> int:

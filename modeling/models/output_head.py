@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling.errors import InputError
+from modeling.text.ends import fold_ends
 
 # What configurations call a factor of the logits. `logits_scaling` divides in some families and multiplies in others:
 # the one that gives the model's own logits is meant.
@@ -44,6 +45,7 @@ class OutputHead:
     divisor: float = 1.0
     cap: float | None = None
     dtype: torch.dtype | None = None  # that autocast multiplies in; None: the weight's
+    stop_ids: tuple[int, ...] = ()  # stop tokens that are one event (`text.ends.fold_ends`)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         head = self.cast()
@@ -67,12 +69,17 @@ class OutputHead:
             logits = logits / self.divisor
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
+        return fold_ends(logits, self.stop_ids)
 
     def first(self, vocab_size: int) -> OutputHead:
         """The head of the first `vocab_size` columns: views of the weights, nothing is copied or computed twice."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
+    def columns(self, ids: list[int]) -> OutputHead:
+        """The head of chosen columns: copies of their weights, through which gradients reach the head's own."""
+        bias = None if self.bias is None else self.bias[ids]
+        return replace(self, weight=self.weight[ids], bias=bias, stop_ids=())
 
     def to(self, device: torch.device) -> OutputHead:
         """The head with its weights on the device; the same head where they are there."""

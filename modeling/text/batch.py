@@ -40,11 +40,13 @@ class Side:
         input_ids, attention_mask: int64 `[B, L]`.
         predictor_rows: int64 `[R]`, rows of the flattened `[B · L]` logits that *predict* the response tokens (the
             model's output one place earlier), example after example.
-        labels: int64 `[R]`, the response tokens themselves.
+        labels: int64 `[R]`, the response tokens themselves, each stop token as the one that responses end with.
         example: int64 `[R]`, to which of the examples with a response each token belongs.
         byte_ends: of each such example int32 `[n]`, the byte of the response at which each token ends; an EOS counts
             as one byte past the text. In host memory.
         keys: of each such example 16 bytes that stand for its tokens (`example_key`).
+        stop_ids: the side's stop tokens, that with which responses end first; logits are to be folded by them
+            (`text.ends.fold_ends`). One, or none, where there is nothing to fold.
     """
 
     input_ids: Tensor
@@ -54,6 +56,7 @@ class Side:
     example: Tensor
     byte_ends: list[np.ndarray]
     keys: list[bytes]
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -61,13 +64,14 @@ class Side:
         return [len(ends) for ends in self.byte_ends]
 
     @classmethod
-    def of(cls, examples: list[dict], prefix: str, pad_id: int) -> Side:
+    def of(cls, examples: list[dict], prefix: str, pad_id: int, stop_ids: tuple[int, ...] = ()) -> Side:
         """Pads prepared examples.
 
         Args:
             examples: rows of `prepare_example`.
             prefix: of the side's columns, "" or "teacher_".
             pad_id: what pads; it is masked.
+            stop_ids: the stop tokens that are one event.
         """
         ids = [np.asarray(example[f"{prefix}input_ids"], dtype=np.int64) for example in examples]
         ends = [np.asarray(example[f"{prefix}byte_ends"], dtype=np.int32) for example in examples]
@@ -84,10 +88,13 @@ class Side:
             np.concatenate([nothing, *(ids[b][place] for b, place in zip(answered, places))]),
             np.repeat(np.arange(len(answered)), [len(place) for place in places]),
         )
+        if stop_ids:
+            arrays[1][np.isin(arrays[1], stop_ids)] = stop_ids[0]
         return cls(
             *map(torch.from_numpy, (input_ids, mask, *arrays)),
             byte_ends=[ends[b] for b in answered],
             keys=[example_key(ids[b], starts[b]) for b in answered],
+            stop_ids=stop_ids,
         )
 
     def map(self, function) -> Side:
@@ -156,8 +163,9 @@ class ResponseCollator:
         self.find_prefix_rows = PrefixRowFinder(student, teacher) if alignment == "prefix" and teacher else None
 
     def __call__(self, examples: list[dict]) -> Batch:
-        student = Side.of(examples, "", self.student.pad_id)
-        teacher = self.teacher and Side.of(examples, "teacher_", self.teacher.pad_id)
+        # Ends are compared where there are two sides: cross-entropy alone takes each stop token for itself.
+        student = Side.of(examples, "", self.student.pad_id, self.student.stop_ids if self.teacher else ())
+        teacher = self.teacher and Side.of(examples, "teacher_", self.teacher.pad_id, self.teacher.stop_ids)
         answered = [example for example in examples if len(example["byte_ends"])]
         batch = Batch(
             student,
@@ -217,9 +225,7 @@ def example_key(input_ids: np.ndarray, response_start: int) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16, salt=int(response_start).to_bytes(8, "little")).digest()
 
 
-def token_distances(
-    teacher: Encoder, teacher_ids: np.ndarray, student: Encoder, student_ids: np.ndarray
-) -> np.ndarray:
+def token_distances(teacher: Encoder, teacher_ids: np.ndarray, student: Encoder, student_ids: np.ndarray) -> np.ndarray:
     """uint16 [len(teacher_ids), len(student_ids)]: Levenshtein distances of the tokens' texts, spaces left out.
 
     Two EOS tokens are at distance 0 whatever their texts (CDM, arXiv 2502.11104, section 3.1).

@@ -5,6 +5,8 @@ Each side tokenises the text with its own tokenizer; the teacher never sees stud
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import numpy as np
 
 from get_vocab_mapper.token_forms import TokenForms, token_forms
 from modeling.errors import InputError
+from modeling.text.chat import ChatTemplate
 
 BEFORE_SPACE = re.compile(r"\S*")
 
@@ -30,10 +33,21 @@ class Encoded:
 class Encoder:
     """Tokenises `prefix + text` for one side, and says where every response token ends.
 
+    Args:
+        tokenizer, forms: the tokenizer, and its `token_forms` where they are there.
+        chat: the template that renders the prompts of chat rows.
+        stop_ids: the side's stop tokens, the one that its responses end with first (see `text.ends`); by default EOS.
+
     Raises ValueError where the tokenizer has no EOS, or is one whose tokens cannot be read (see `token_forms`).
     """
 
-    def __init__(self, tokenizer, forms: TokenForms | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        forms: TokenForms | None = None,
+        chat: ChatTemplate | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ):
         self.tokenizer = tokenizer
         self.forms = forms or token_forms(tokenizer)
         if tokenizer.eos_token_id is None:
@@ -41,13 +55,32 @@ class Encoder:
                 f"The tokenizer {tokenizer.name_or_path!r} declares no EOS token, which every response ends with. "
                 "Set eos_token in its tokenizer_config.json."
             )
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.chat = chat
+        self.stop_ids = tuple(stop_ids or (int(tokenizer.eos_token_id),))
+
+    @property
+    def eos_id(self) -> int:
+        """The token that a response ends with."""
+        return self.stop_ids[0]
+
+    def with_stop_ids(self, stop_ids: Sequence[int]) -> Encoder:
+        other = copy.copy(self)
+        other.stop_ids = tuple(stop_ids)
+        return other
+
+    def prefix(self, row: dict) -> str:
+        """What stands in front of a row's response on this side. Raises ValueError where its template refuses it."""
+        return self.chat.prompt(json.loads(row["messages"])) if row.get("messages") else row["prefix"]
 
     @cached_property
     def pad_id(self) -> int:
         """A tokenizer without a pad token pads with EOS; padding is masked either way."""
         pad_id = self.tokenizer.pad_token_id
         return self.eos_id if pad_id is None else int(pad_id)
+
+    @cached_property
+    def _bos(self) -> str:
+        return put_in_front(self.tokenizer)
 
     @cached_property
     def _dropped_bytes(self) -> bytes:
@@ -59,10 +92,12 @@ class Encoder:
         """Tokens of `prefix + text`, with what the tokenizer adds in front, and EOS behind it unless `eos` is off.
 
         A token astride the border of prefix and text belongs to the response. EOS counts as one byte past the text.
+        What the tokenizer adds (BOS) is not added to a prefix that begins with it.
         """
         whole = prefix + text
         encoding = self.tokenizer(
             whole,
+            add_special_tokens=not (self._bos and prefix.startswith(self._bos)),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
             return_attention_mask=False,
@@ -127,6 +162,13 @@ class Encoder:
         return np.maximum.accumulate(placed)
 
 
+def put_in_front(tokenizer) -> str:
+    """What a tokenizer adds in front of a text (BOS), as text; "" where it adds nothing."""
+    encoding = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    n_added = next((place for place, special in enumerate(encoding["special_tokens_mask"]) if not special), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(encoding["input_ids"][:n_added]))
+
+
 def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
     """Raise InputError unless every id is the same token on both sides.
 
@@ -147,17 +189,20 @@ def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
     )
 
 
-def encode_pair(encoders: Sequence[Encoder], prefix: str, text: str, block_size: int) -> list[Encoded] | None:
+def encode_pair(
+    encoders: Sequence[Encoder], prefix: str | Sequence[str], text: str, block_size: int
+) -> list[Encoded] | None:
     """The example as each side sees it, in at most `block_size` tokens on every side.
 
-    Where one is longer, the text is cut for all at one character: the longest beginning that fits every side, without
-    EOS. None where no response token is left on some side.
+    The prefix is one for all, or each side's own. Where one side is longer, the text is cut for all at one character:
+    the longest beginning that fits every side, without EOS. None where no response token is left on some side.
     """
     if not text:
         return None
-    encoded = [encoder.encode(prefix, text) for encoder in encoders]
+    prefixes = [prefix] * len(encoders) if isinstance(prefix, str) else prefix
+    encoded = [encoder.encode(prefix, text) for encoder, prefix in zip(encoders, prefixes)]
     if any(len(e.input_ids) > block_size for e in encoded):
-        encoded = _longest_that_fits(encoders, prefix, text, block_size, encoded)
+        encoded = _longest_that_fits(encoders, prefixes, text, block_size, encoded)
     if encoded is None or any(len(e.input_ids) <= e.response_start for e in encoded):
         return None
     return encoded
@@ -168,7 +213,7 @@ def encode_pair(encoders: Sequence[Encoder], prefix: str, text: str, block_size:
 REACH, SLACK = 32, 8
 
 
-def _longest_that_fits(encoders, prefix, text, block_size, encoded) -> list[Encoded] | None:
+def _longest_that_fits(encoders, prefixes, text, block_size, encoded) -> list[Encoded] | None:
     cut = len(text) + 1  # of the example as it is, with EOS behind the text
     while too_long := [e for e in encoded if len(e.input_ids) > block_size]:
         if any(e.response_start >= block_size + SLACK for e in too_long):
@@ -176,7 +221,7 @@ def _longest_that_fits(encoders, prefix, text, block_size, encoded) -> list[Enco
         cut = min(cut - 1, *(_characters_that_fit(e, text, block_size) + REACH for e in too_long))
         if cut <= 0:
             return None
-        encoded = [encoder.encode(prefix, text[:cut], eos=False) for encoder in encoders]
+        encoded = [encoder.encode(prefix, text[:cut], eos=False) for encoder, prefix in zip(encoders, prefixes)]
     return encoded
 
 
@@ -191,8 +236,14 @@ def prepare_example(row: dict, encoders: Sequence[Encoder], block_size: int) -> 
 
     `fault` says why an example cannot be used (by itself, or as no response token fits); it then has empty `byte_ends`.
     """
-    fault = row.get("fault", "")
-    encoded = None if fault else encode_pair(encoders, row["prefix"], row["text"], block_size)
+    fault, encoded = row.get("fault", ""), None
+    if not fault:
+        try:
+            prefixes = [encoder.prefix(row) for encoder in encoders]
+        except ValueError as refused:
+            fault = str(refused)
+        else:
+            encoded = encode_pair(encoders, prefixes, row["text"], block_size)
     if encoded is None and not fault:
         fault = f"the prefix fills --block_size {block_size}: give more, or a shorter prefix"
     columns: dict = {"row": row["row"], "fault": fault}

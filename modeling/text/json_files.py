@@ -15,7 +15,7 @@ from modeling.errors import InputError, user_input
 
 # What a file begins with that is something else: (bytes, what it is, what to do).
 OTHER_FORMATS = (
-    (b"PAR1", "a Parquet file", "datasets.Dataset.from_parquet(FILE).to_json(NEW_FILE) writes it as JSON lines"),
+    (b"PAR1", "a Parquet file", "training reads those; here, pandas.read_parquet(FILE).to_json(NEW_FILE) writes JSON"),
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it"),
 )

@@ -5,6 +5,7 @@ Everything else that a script takes is `transformers.TrainingArguments` (see `tr
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -40,6 +41,13 @@ class StudentArguments:
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that a hub model carries. Only for sources you trust."}
+    )
+    student_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file with the Jinja chat template that chat rows are rendered with for the student, and that it "
+            "is saved with. By default its tokenizer's own."
+        },
     )
     freeze_emb: bool = field(default=False, metadata={"help": "Do not train the student's input embeddings."})
     freeze_layers: int = field(
@@ -85,12 +93,35 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training examples: a JSON array or one JSON object a line, with prefix and text (or instruction, "
-            "input, output, system, history; or prompt, completion; or prompt, output). Needed by --do_train."
+            "help": "Training examples: a file of JSON (an array, or one object a line) or Parquet, or a hub data set, "
+            "USER/NAME:SPLIT; with prefix and text (or instruction, input, output, system, history; or prompt, "
+            "completion; or prompt, output), or of chats with messages (or conversations; or prompt and completion as "
+            "lists of messages). Needed by --do_train."
         },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "Held-out examples in the same form. Needed by --do_eval."}
+    )
+    chat: bool = field(
+        default=False,
+        metadata={
+            "help": "Read rows without messages as chats, too: a user's message and its answer. Rows with messages "
+            "always are chats."
+        },
+    )
+    train_on: Literal["last", "all"] = field(
+        default="last",
+        metadata={"help": "Which of the assistant's messages in a chat row are learned: the last, or all of them."},
+    )
+    system: str | None = field(
+        default=None, metadata={"help": "The system message of chats that have none. By default none is put there."}
+    )
+    template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "What both chat templates are given besides the messages, as a JSON object, for example "
+            "'{\"enable_thinking\": false}'."
+        },
     )
     block_size: int = field(
         default=512,
@@ -103,6 +134,12 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if self.template_kwargs is not None:
+            try:
+                legal = isinstance(json.loads(self.template_kwargs), dict)
+            except ValueError:
+                legal = False
+            check(legal, "template_kwargs", self.template_kwargs, "give a JSON object, such as '{\"name\": false}'")
         check(self.block_size >= 2, "block_size", self.block_size, "a prompt and a response need at least 2 tokens")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
@@ -117,6 +154,13 @@ class DistillationArguments:
 
     teacher_path: str = field(
         metadata={"help": "The teacher: a hub name, or a folder with model and tokenizer. Required."}
+    )
+    teacher_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file with the Jinja chat template that chat rows are rendered with for the teacher. By default "
+            "its tokenizer's own."
+        },
     )
     teacher_dtype: Dtype = field(
         default="auto", metadata={"help": "The dtype of the teacher's weights. auto is that of its checkpoint."}

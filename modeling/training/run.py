@@ -6,12 +6,15 @@ run.train(MyTrainer, my_setting=run.method.my_setting)
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import transformers
+from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -21,10 +24,14 @@ from get_vocab_mapper.pair_mapper import mapper_for_pair
 from modeling.errors import InputError, user_input
 from modeling.losses.logits import loss_memory
 from modeling.models.language_model import LanguageModel, merged
+from modeling.models.output_head import unwrapped
 from modeling.text.batch import Alignment, ResponseCollator
-from modeling.text.encoder import require_same_tokenizer
-from modeling.text.json_files import require_json_file
-from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments
+from modeling.text.encoder import Encoder, require_same_tokenizer
+from modeling.text.ends import shared_ends
+from modeling.text.messages import ChatRows
+from modeling.text.rows import are_chat_rows
+from modeling.text.sources import require_source
+from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments, check
 from modeling.training.checkpoints import (
     STOPPED,
     StopOnSigterm,
@@ -56,6 +63,7 @@ class Run:
     Attributes:
         student_args, distillation, method, data, training: the parsed arguments.
         student, teacher: the models.
+        chat: how the rows become chats; None where they are none.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Run:
             None if kind is None else next(parsed) for kind in types
         )
         self._start()
+        self.chat = self._chat_rows()
         self.student = self.model(self.student_args.model_name_or_path, "model_name_or_path")
         self.teacher = self.model(self.distillation.teacher_path, "teacher_path") if distillation else None
 
@@ -93,12 +102,36 @@ class Run:
         ):
             if needed and path is not None:
                 with user_input(f"--{flag}"):
-                    require_json_file(path)
+                    require_source(path)
+
+    def _chat_rows(self) -> ChatRows | None:
+        """How the rows become chats, where the first of them is one or --chat true says so.
+
+        Raises InputError where there are no chats for what is said of them.
+        """
+        data, flag = self.data, "train_file" if self.training.do_train else "validation_file"
+        source = getattr(data, flag)
+        with user_input(f"--{flag}"):
+            chats = data.chat or are_chat_rows(source)
+        groups = (self.student_args, self.distillation, data)
+        for name in ("student_chat_template", "teacher_chat_template", "system", "template_kwargs", "train_on"):
+            value = next((getattr(group, name) for group in groups if hasattr(group, name)), None)
+            remedy = f"{source} holds no messages. Give --chat true too, or leave it out"
+            with user_input():
+                check(chats or value in (None, "last"), name, value, remedy)
+        return ChatRows(data.chat, data.train_on, data.system) if chats else None
 
     def model(self, path: str, flag: str) -> LanguageModel:
         """A model that a flag names. Raises InputError where it cannot be read, or reads too few tokens."""
-        args = self.student_args
-        model = LanguageModel(path, flag, args.trust_remote_code, args.attn_implementation)
+        args, file, template, kwargs = self.student_args, None, None, None
+        if flag in ("model_name_or_path", "teacher_path"):  # a second teacher is fed the student's tokens
+            side, group = ("student", args) if flag == "model_name_or_path" else ("teacher", self.distillation)
+            file = getattr(group, f"{side}_chat_template")
+            kwargs = None if self.chat is None else json.loads(self.data.template_kwargs or "{}")
+        if file is not None:
+            with user_input(f"--{side}_chat_template {file}"):
+                template = Path(file).read_text(encoding="utf-8")
+        model = LanguageModel(path, flag, args.trust_remote_code, args.attn_implementation, template, kwargs)
         model.require_room_for(self.data.block_size)
         return model
 
@@ -108,8 +141,15 @@ class Run:
         with user_input(str(teacher)):
             require_same_tokenizer(self.student.encoder, teacher.encoder)
 
+    @cached_property
+    def encoders(self) -> list[Encoder]:
+        """Those of the student and, where there is one, of the teacher."""
+        return shared_ends(*(model.encoder for model in (self.student, self.teacher) if model is not None))
+
     def mapper(self, kind: str, threshold: float, any_kind: bool = False) -> VocabMapper:
         """The mapper of the pair: the file that was named, or one in --mapper_dir, which is built if it is not there.
+
+        In it, the stop tokens of both sides match by role (see `text.ends`).
 
         Args:
             kind: "em", "mined" or "prefixem".
@@ -118,6 +158,13 @@ class Run:
 
         Raises InputError for a file of another pair, a damaged one, or one of another kind.
         """
+        mapper = self._mapper(kind, threshold, any_kind)
+        student, teacher = self.encoders
+        if all(side.stop_ids == (side.tokenizer.eos_token_id,) for side in self.encoders):
+            return mapper  # which tokenizers declare, and mappers are built with
+        return mapper.with_ends(teacher.stop_ids, student.stop_ids)
+
+    def _mapper(self, kind: str, threshold: float, any_kind: bool) -> VocabMapper:
         sides = self.teacher.encoder.forms, self.student.encoder.forms
         named = self.method.teacher_to_student_id_mapping
         if named is None:
@@ -160,9 +207,12 @@ class Run:
             settings: further arguments of the trainer's. A `LanguageModel` among them is a second teacher, which is fed
                 the student's tokens.
         """
-        encoders = [model.encoder for model in (self.student, self.teacher) if model is not None]
+        second = [setting.encoder for setting in settings.values() if isinstance(setting, LanguageModel)]
+        encoders = shared_ends(*self.encoders, *second)[: len(self.encoders)]
         model = load_student(self.student, self.student_args)
-        datasets = load_data(self.data, self.training, encoders)
+        stop_ids = list(encoders[0].stop_ids)
+        unwrapped(model).generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+        datasets = load_data(self.data, self.training, encoders, self.chat)
         if self.teacher is not None:
             teachers = (self.distillation, self.training, datasets)
             settings |= {
@@ -206,6 +256,8 @@ def train_save_evaluate(trainer: ResponseTrainer) -> None:
         with saving(target):
             trainer.save_model(str(part))
             trainer.accelerator.wait_for_everyone()
+            if args.should_save and isinstance(trainer.model, PeftModel):  # which saves the adapter alone
+                unwrapped(trainer.model).generation_config.save_pretrained(part)
             if args.should_save:
                 publish(part, target)
             trainer.log_metrics("train", result.metrics)

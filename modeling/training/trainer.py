@@ -9,13 +9,14 @@ A method is a function of logits and a batch that gives `Losses`, and a subclass
             return self.weigh(my_losses(student, teacher, inputs), inputs, num_items_in_batch)
 
 Both logits hold the rows that *predict* the response tokens (the causal shift is in the batch's `predictor_rows`),
-over the columns that the tokenizer really has.
+over the columns that the tokenizer really has, with the stop tokens of a side folded into one (see `text.ends`).
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from modeling.errors import InputError
-from modeling.losses.logits import ChunkedLogits, Logits
+from modeling.losses.logits import ChunkedLogits, Logits, folded, stop_logits
 from modeling.losses.result import Losses
 from modeling.models.output_head import OutputHead, last_hidden_states, logits_at, response_rows, unwrapped
 from modeling.models.teachers import Teacher, as_teacher
 from modeling.text.batch import Batch, Side
+from modeling.text.ends import end_choice
 from modeling.training.checkpoints import ignore_sigterm, saving
 from modeling.training.finite_check import GRADIENT, LOSS, STUDENT, TEACHER, FiniteCheck, largest
 from modeling.training.resume_settings import resume_settings, write_settings
@@ -85,6 +87,7 @@ class ResponseTrainer(Trainer):
         self.student_vocab_size = student_vocab_size
         self.student_head: OutputHead | None = None  # found when the model is where it will be trained
         self.router_loss: Tensor | None = None  # of the student's last forward
+        self.end_choice: Tensor | None = None  # likewise: what cross-entropy adds, float [R_S]
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
         self.finite = FiniteCheck(self.accelerator)
         if bool(self.args.deepspeed) != self.is_deepspeed_enabled:
@@ -102,10 +105,16 @@ class ResponseTrainer(Trainer):
         try:
             if self.args.logits_chunk:
                 hidden = response_rows(last_hidden_states(model, **inputs), side.predictor_rows)
-                return ChunkedLogits(hidden, self.student_head, self.student_vocab_size, self.args.logits_chunk)
-            return logits_at(model, side.predictor_rows, self.student_vocab_size, **inputs)
+                logits = ChunkedLogits(hidden, self.student_head, self.student_vocab_size, self.args.logits_chunk)
+            else:
+                logits = logits_at(model, side.predictor_rows, self.student_vocab_size, **inputs)
         finally:
             handle.remove()
+        self.end_choice = None
+        if len(side.stop_ids) > 1:
+            said = side.input_ids.flatten()[side.predictor_rows + 1]
+            self.end_choice = end_choice(stop_logits(logits, side.stop_ids), side.stop_ids, said)
+        return folded(logits, side.stop_ids)
 
     def _keep_router_loss(self, model, inputs, output) -> None:
         router_loss = getattr(output, "aux_loss", None)
@@ -121,6 +130,8 @@ class ResponseTrainer(Trainer):
             losses: of this micro-batch. A unit of KD counts the student tokens that it covers.
             num_items_in_batch: response tokens of the whole step; None in evaluation.
         """
+        if self.end_choice is not None:
+            losses = replace(losses, ce=losses.ce + self.end_choice)
         self.require_finite(STUDENT, batch.student, batch.rows, losses.ce)
         ce = losses.ce.sum()
         loss, totals = ce, {"ce_loss": ce, **losses.parts}
@@ -316,8 +327,10 @@ class DistillationTrainer(ResponseTrainer):
     def logits_of(self, teacher: Teacher, side: Side, vocab_size: int) -> Logits:
         """[R, vocab_size]: what a teacher, this or another, says of the response tokens that it is fed."""
         if self.args.logits_chunk:
-            return ChunkedLogits(*teacher.signal(side), vocab_size, self.args.logits_chunk)
-        return teacher.logits(side)
+            logits = ChunkedLogits(*teacher.signal(side), vocab_size, self.args.logits_chunk)
+        else:
+            logits = teacher.logits(side)
+        return folded(logits, side.stop_ids)
 
 
 class EvenShard(Dataset):

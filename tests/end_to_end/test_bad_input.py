@@ -152,7 +152,7 @@ LINE = json.dumps(ROWS[0])
         (json.dumps({"data": ROWS}, indent=1), "line 1: not valid JSON ("),
         (LINE.encode() + b'\n{"prefix": "caf\xe9"}', f"byte {len(LINE) + 16}: not UTF-8 (in line 2). Convert the"),
         (LINE.encode("utf-16"), "byte 0: not UTF-8 (in line 1). Convert the file, for example with iconv -f UTF-16"),
-        (b"PAR1\x15\x04\x15", "is a Parquet file, and not JSON: datasets.Dataset.from_parquet(FILE).to_json(NEW_FILE)"),
+        (b"PAR1\x15\x04\x15", "not a complete Parquet file"),
         (b"\x1f\x8b\x08\x00\x00", "not a complete gzip file"),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_file_without_one_row_that_can_be_used(script, model, tmp_path):
         f"{path}: none of its 3 rows can be used. Repair them, or give another file.",
         "  2 rows: the text to learn is empty, or white space alone (rows 1, 3)",
         "  1 row: it has the columns 'data', and none of these pairs: prefix + text; instruction + output; prompt + "
-        "completion; prompt + output (row 2)",
+        "completion; prompt + output; nor messages or conversations (row 2)",
     ]
 
 

@@ -193,6 +193,26 @@ def test_gsm8k_through_the_harness(model, data, tmp_path):
     assert "num_fewshot: 0 then, 2 now" in refused.stderr
 
 
+def test_a_chat_model_is_asked_in_its_template(model, data, tmp_path):
+    """CHAT=1: the question alone, a system message, and the template, with the harness as with the own generator."""
+    needs("lm_eval")
+    settings = {"CHAT": 1, "SYSTEM": "Be brief.", "DATA_DIR": data, "LIMIT": 2, "BATCH_SIZE": 2}
+    evaluate("eval_math.sh", model, MAX_NEW_TOKENS=8, OUTPUT=tmp_path / "math", **settings)
+    (samples,) = (tmp_path / "math").glob("harness/*/samples_*.jsonl")
+    questions = [row["question"] for row in read(data / "gsm8k/test.jsonl")[:2]]
+    system, answer = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>assistant\n"
+    expected = {f"{system}<|im_start|>user\n{question}<|im_end|>\n{answer}" for question in questions}
+    assert {row["arguments"]["gen_args_0"]["arg_0"] for row in read(samples)} == expected
+    made_with = json.loads((tmp_path / "math/results.json").read_text())["settings"]
+    assert made_with["chat"] is True and "Be brief." in made_with["further_arguments"]
+
+    evaluate("eval_dolly.sh", model, SETS="dolly", SEEDS=10, MAX_LENGTH=96, OUTPUT=tmp_path / "dolly", **settings)
+    made_with = json.loads((tmp_path / "dolly/results.json").read_text())["settings"]
+    assert (made_with["chat"], made_with["system"]) == (True, "Be brief.")
+    refused = evaluate("eval_dolly.sh", model, **{**settings, "CHAT": 0}, fails=True)
+    assert "SYSTEM and TEMPLATE_KWARGS go with CHAT=1" in refused.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------- code
 
 

@@ -146,8 +146,10 @@ class Pair:
 
     @cached_property
     def mappers(self) -> Mappers:
-        builders = build_em, build_mined, build_prefixem
-        em, mined, prefixem = (build(self.teacher.forms, self.student.forms, progress=False) for build in builders)
+        builders, ends = (build_em, build_mined, build_prefixem), (self.teacher.stop_ids, self.student.stop_ids)
+        em, mined, prefixem = (
+            build(self.teacher.forms, self.student.forms, progress=False).with_ends(*ends) for build in builders
+        )
         sides = self.teacher, self.student
         return Mappers(
             em,

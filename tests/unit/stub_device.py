@@ -67,9 +67,7 @@ class StubDevice(TorchDispatchMode):
         target = kwargs.get("device")
         if name == "_to_copy" and target is not None and torch.device(target) != args[0].device:
             self._note_copy(args[0], kwargs)
-        elif away and (name in (*SHAPE_FROM_VALUES, "_local_scalar_dense") or _picks_by_mask(name, args)):
-            self.waits.append(name)
-        elif away and name == "repeat_interleave" and kwargs.get("output_size") is None:
+        elif away and _waits(name, args, kwargs):
             self.waits.append(name)
         stays = torch.device(target) == DEVICE if target is not None else bool(away)
         if target is not None and stays:
@@ -92,5 +90,8 @@ class StubDevice(TorchDispatchMode):
             self.waits.append("copy to the device")
 
 
-def _picks_by_mask(name: str, args: tuple) -> bool:
-    return name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+def _waits(name: str, args: tuple, kwargs: dict) -> bool:
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    picks_by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return picks_by_mask or name in (*SHAPE_FROM_VALUES, "_local_scalar_dense")

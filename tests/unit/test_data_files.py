@@ -129,7 +129,7 @@ def test_lines_are_read_one_by_one(tmp_path):
         (b"[" + b"{},\n" * 9000 + b'"\xe9"]', "lines.jsonl, byte 36002: not UTF-8 \\(in line 9001\\)"),
         ("[{}]".encode("utf-16"), "iconv -f UTF-16"),
         (b"", "the file is empty"),
-        (b"PAR1\x15\x04", "is a Parquet file"),
+        (b"PAR1\x15\x04", "not a complete Parquet file"),
         (gzip.compress(b'[{"prefix": "a", "text": "b"}]' * 99, mtime=0)[:-9], "not a complete gzip file"),
     ],
 )

@@ -12,7 +12,10 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from modeling.text.rows import alpaca_prompt
+from modeling.text.chat import ChatTemplate
+from modeling.text.encoder import Encoder, prepare_example
+from modeling.text.messages import ChatRows
+from modeling.text.rows import alpaca_prompt, examples_of_row
 from tests.unit.tokenizer_zoo import byte_level_bpe, load_real, real_dir, sentencepiece_bpe
 
 # Its scripts import each other as scripts do: from their own folder.
@@ -102,6 +105,22 @@ def test_a_prompt_begins_as_in_training(name):
     ids, cut = generate.prompt_ids(tokenizer, alpaca_prompt("Name a colour."), 256, cut_right=False)
     assert not cut
     assert ids == tokenizer(alpaca_prompt("Name a colour."))["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["phi-3", "qwen2", "llama-3", "smollm2"])
+def test_a_chat_is_asked_as_it_was_taught(name):
+    """The tokens in front of the response are those of training, for the template and for the question in it."""
+    tokenizer = load_real(name)
+    encoder = Encoder(tokenizer, chat=ChatTemplate(tokenizer, "student"))
+    args = generate.parse(["--model", "m", "--data", "d", "--output", "o", "--chat", "--system", "Be brief."])
+    asked = generate.asked(alpaca_prompt("Name a colour.", "red, 7"), tokenizer, args)
+    ids, _ = generate.prompt_ids(tokenizer, asked, 512, cut_right=False)
+    row = {"instruction": "Name a colour.", "input": "red, 7", "output": "Red.", "system": "Be brief."}
+    (example,) = examples_of_row(row, ChatRows(any_row=True))
+    example = prepare_example({"row": 1, **example}, [encoder], 512)
+    assert ids == example["input_ids"][: example["response_start"]].tolist()
+    with pytest.raises(ValueError, match="the tokenizer of m has no chat template"):
+        generate.asked("Hello", byte_level_bpe(), args)
 
 
 def test_each_process_takes_the_accelerator_of_its_rank(monkeypatch):

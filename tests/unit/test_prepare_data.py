@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling.text.messages import ChatRows
 from modeling.text.rows import alpaca_prompt, read_rows
 
 SCRIPT = Path(__file__).parents[2] / "data" / "prepare_data.py"
@@ -237,6 +238,18 @@ def write_source(path, rows):
         text = json.dumps(rows, indent=1)
         (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8-sig").write(text)
     return path
+
+
+def test_rows_as_chats(tmp_path):
+    """Instruction and input are the user's, without the template, which reading them back as plain rows would give."""
+    source, output = tmp_path / "source.jsonl", tmp_path / "chats.jsonl"
+    cells = (("Add.", "1 2", "3"), ("Hi.", "", "Ho."))
+    rows = [dict(zip(("instruction", "context", "response"), row)) for row in cells]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    prepare_data.main(["dolly", "--source", str(source), "--output", str(output), "--format", "messages"])
+    turns = [[m["content"] for m in json.loads(line)["messages"]] for line in output.read_text().splitlines()]
+    assert turns == [["Add.\n\n1 2", "3"], ["Hi.", "Ho."]]
+    assert [row["text"] for row in read_rows(output, ChatRows())] == ["3", "Ho."]
 
 
 @pytest.mark.parametrize("name", ["s.json", "s.jsonl", "s.json.gz", "s.jsonl.gz", "s.parquet"])

@@ -26,7 +26,7 @@ READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDE
 FILE_TYPES = (".py", ".sh", ".md", ".html", ".svg", ".png", ".toml", ".txt")
 OF_THE_READER = ("outputs/", "evalplus/", "tokenizers/", "modeling/run_clm_tvd.py", "run_clm_NAME.py")
 WRITTEN_BY_RUNS = ("table.md", "curves.png", "scores.png")
-OF_OTHER_PROGRAMS = {"--help", "--nproc_per_node"}
+OF_OTHER_PROGRAMS = {"--help", "--nproc_per_node", "--apply_chat_template"}
 BENCHMARKS = [path for path in (ROOT / "tests/benchmarks").glob("*.py") if path.name != "__init__.py"]
 PARSED_SCRIPTS = (
     *sorted((ROOT / "modeling").glob("run_clm_*.py")),

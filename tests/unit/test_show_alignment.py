@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.reference import cdm_oracle
+from tests.unit.chat_templates import chatml_tokenizer, turns_tokenizer
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
 # Its scripts import each other as scripts do: from their own folder.
@@ -111,7 +112,7 @@ def test_the_page_holds_both_alignments_of_the_text(show, text):
 
 def test_no_text_ends_the_script_that_it_stands_in(show, names):
     page, data = show("--text", HOSTILE, "--prefix", HOSTILE)
-    assert data["prefix"] == HOSTILE
+    assert data["prompts"] == {"teacher": HOSTILE, "student": HOSTILE}
     forms = [form_of(data["tokens"]["student"][str(token)]) for token in data["student"]["ids"][:-1]]
     assert HOSTILE.encode().endswith(b"".join(forms[1:]))
     bare, _ = show("--text", "x")
@@ -141,7 +142,7 @@ def test_a_row_of_a_training_file(show, tmp_path):
         (tmp_path / name).write_text(content, encoding="utf-8")
         _, data = show("--file", tmp_path / name, "--row", 2)
         assert data["source"] == f"{tmp_path / name}, row 2" and data["n_bytes"] == 3
-        assert "### Instruction:\nName one.\n" in data["prefix"]
+        assert "### Instruction:\nName one.\n" in data["prompts"]["teacher"]
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -241,3 +242,25 @@ def test_a_user_sees_one_line(names, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(show_alignment.__file__, run_name="__main__")
     assert re.fullmatch(rf"error: {re.escape(str(tmp_path))}/no\.json: no such file.*", stopped.value.code)
+
+
+def test_a_chat_shows_both_prompts(tmp_path):
+    """Each side's in its own template, and the alignment ends with the tokens that these write."""
+    for side, tokenizer in (("teacher", turns_tokenizer()), ("student", chatml_tokenizer())):
+        tokenizer.save_pretrained(tmp_path / side)
+    rows = [{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": " The dog.\n"}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sides = ["--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student")]
+    of_file = ["--file", str(tmp_path / "rows.json"), "--row", "1"]
+    for source in (of_file, ["--text", "The dog.", "--prefix", "Say it.", "--chat"]):
+        output = tmp_path / "page.html"
+        show_alignment.run(show_alignment.parse([*sides, "--output", str(output), *source]))
+        (embedded,) = re.findall(r'id="data">(.*?)</script>', output.read_text(encoding="utf-8"), re.DOTALL)
+        data = json.loads(embedded)
+        assert data["prompts"] == {
+            "teacher": "<s><start>user\nSay it.<end_of_turn>\n<start>model\n",
+            "student": "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n",
+        }
+        last = [form_of(data["tokens"][side][str(data[side]["ids"][-1])]) for side in SIDES]
+        assert last == [b"<end_of_turn>", b"<|im_end|>"]
+        assert data["n_bytes"] == len("The dog.") and data["byte"]["aligned"] == 1
