@@ -96,8 +96,8 @@ def describe_sides(sides: dict[str, LanguageModel], encoders: dict[str, Encoder]
             pass
         elif tokens > columns and name == "teacher":
             findings.problem(
-                f"The teacher's tokenizer has {tokens:,} tokens, and its model {columns:,} columns: what it says of the "
-                "last ones is not trained. Name the tokenizer that belongs to it."
+                f"The teacher's tokenizer has {tokens:,} tokens, and its model {columns:,} columns: what it says of "
+                "the last ones is not trained. Name the tokenizer that belongs to it."
             )
         elif tokens > columns:
             findings.note(f"The student's model will be resized from {columns:,} to {tokens:,} tokens.")
@@ -128,8 +128,8 @@ def check_ends(described: dict, is_chat: bool, findings: Findings) -> None:
             findings.ok(f"The {name} also stops at {', '.join(others)}: the probability of ending is their sum.")
         elif others:
             findings.note(
-                f"The {name} ends with {ends[name]} here, and its own settings also stop at {', '.join(others)}. If it is "
-                "a chat model, give rows with messages, or --chat true: then it is asked as it was taught."
+                f"The {name} ends with {ends[name]} here, and its own settings also stop at {', '.join(others)}. If it "
+                "is a chat model, give rows with messages, or --chat true: then it is asked as it was taught."
             )
 
 
@@ -142,8 +142,8 @@ def check_splitting(encoders: dict[str, Encoder], findings: Findings) -> dict[st
     number = counts["a number"]
     if number["student"] != number["teacher"]:
         findings.note(
-            f"Numbers split differently (12345: {number['teacher']} teacher and {number['student']} student tokens). On "
-            "data with many digits, dynamic time warping errs there: take --alignment byte for CDM."
+            f"Numbers split differently (12345: {number['teacher']} teacher and {number['student']} student tokens). "
+            "On data with many digits, dynamic time warping errs there: take --alignment byte for CDM."
         )
     return counts
 
@@ -234,8 +234,8 @@ def measure_models(
     if bits["teacher"] >= bits["student"]:
         findings.problem(
             f"The teacher predicts these responses worse than the student ({bits['teacher']:.3f} and "
-            f"{bits['student']:.3f} bits per byte): it cannot teach them. Fine-tune it first (run_clm_sft.py), or check "
-            "that its prompts are as it knows them."
+            f"{bits['student']:.3f} bits per byte): it cannot teach them. Fine-tune it first (run_clm_sft.py), or "
+            "check that its prompts are as it knows them."
         )
     else:
         findings.ok(

@@ -52,5 +52,5 @@ class PairFigures:
         (student, teacher), (s_matched, t_matched), (s_alone, t_alone) = self.tokens, self.matched, self.one_to_one
         return (
             f"{student:,} student and {teacher:,} teacher tokens; {self.matches:,} exact matches, which cover "
-            f"{s_matched:.1%} and {t_matched:.1%} of them; {s_alone:.1%} and {t_alone:.1%} in groups of one token a side"
+            f"{s_matched:.1%} and {t_matched:.1%} of them; {s_alone:.1%} and {t_alone:.1%} in groups of one token each"
         )
