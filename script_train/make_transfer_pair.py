@@ -116,7 +116,9 @@ def keep_layers(model: PreTrainedModel, count: int) -> list[int]:
     if not 1 <= count <= len(layers):
         raise InputError(f"--layers {count}: give 1 to {len(layers)}, which the model has.")
     kept = np.linspace(0, len(layers) - 1, count).round().astype(int).tolist() if count > 1 else [0]
-    layers[:] = [layers[i] for i in kept]
+    for i in reversed(range(len(layers))):
+        if i not in kept:
+            del layers[i]
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in kept]

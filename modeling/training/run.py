@@ -29,6 +29,7 @@ from modeling.text.batch import Alignment, ResponseCollator
 from modeling.text.encoder import Encoder, require_same_tokenizer
 from modeling.text.ends import shared_ends
 from modeling.text.messages import ChatRows
+from modeling.text.pair import PairFigures
 from modeling.text.rows import are_chat_rows
 from modeling.text.sources import require_source
 from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments, check
@@ -50,6 +51,8 @@ from modeling.training.trainer import ResponseTrainer
 from modeling.training.training_arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+PAIR_ROWS = 100  # of the data, for a line about the pair
 
 
 class Run:
@@ -214,6 +217,10 @@ class Run:
         unwrapped(model).generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
         datasets = load_data(self.data, self.training, encoders, self.chat)
         if self.teacher is not None:
+            if self.training.should_log:
+                examples = next(rows for rows in datasets if rows is not None)
+                figures = PairFigures.of(*encoders, [examples[i] for i in range(min(PAIR_ROWS, len(examples)))])
+                logger.info("The pair, on %d rows: %s.", min(PAIR_ROWS, len(examples)), figures)
             teachers = (self.distillation, self.training, datasets)
             settings |= {
                 "teacher": load_teacher(self.teacher, *teachers),

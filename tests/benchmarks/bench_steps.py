@@ -71,6 +71,8 @@ class Bench:
     """Models and rows in a folder, and the command lines of the scripts on them."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace):
+        if "CDM_REAL_DIR" not in os.environ:
+            sys.exit("Set CDM_REAL_DIR to a folder with tokenizers/ and data/.")
         real = Path(os.environ["CDM_REAL_DIR"])
         tokenizers = {name: AutoTokenizer.from_pretrained(real / "tokenizers" / name) for name in COLUMNS}
         roles = {"student": ("qwen2", "student"), "same": ("qwen2", "teacher"), "any": ("phi-3", "teacher")}
@@ -154,8 +156,6 @@ def arguments_of(description: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=2, help="examples a step (default: 2)")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     add_device_argument(parser)
-    if "CDM_REAL_DIR" not in os.environ:
-        sys.exit("Set CDM_REAL_DIR to a folder with tokenizers/ and data/.")
     return parser
 
 

@@ -27,11 +27,14 @@ FILE_TYPES = (".py", ".sh", ".md", ".html", ".svg", ".png", ".toml", ".txt")
 OF_THE_READER = ("outputs/", "evalplus/", "tokenizers/", "modeling/run_clm_tvd.py", "run_clm_NAME.py")
 WRITTEN_BY_RUNS = ("table.md", "curves.png", "scores.png")
 OF_OTHER_PROGRAMS = {"--help", "--nproc_per_node", "--apply_chat_template"}
-BENCHMARKS = [path for path in (ROOT / "tests/benchmarks").glob("*.py") if path.name != "__init__.py"]
+NO_BENCHMARKS = ("__init__.py", "device.py")
+BENCHMARKS = [path for path in (ROOT / "tests/benchmarks").glob("*.py") if path.name not in NO_BENCHMARKS]
 PARSED_SCRIPTS = (
     *sorted((ROOT / "modeling").glob("run_clm_*.py")),
     *sorted((ROOT / "get_vocab_mapper").glob("get_*_mapper.py")),
     *(ROOT / "script_eval" / name for name in ("generate.py", "score_rouge.py", "show_alignment.py", "summarize.py")),
+    ROOT / "script_eval/check_pair.py",
+    ROOT / "script_train/make_transfer_pair.py",
     ROOT / "data/prepare_data.py",
     *BENCHMARKS,
 )
@@ -146,7 +149,7 @@ def test_every_file_has_its_line(folder):
 
 def test_every_folder_is_introduced_at_the_top():
     text = read(ROOT / "README.md")
-    assert len(text.splitlines()) < 230
+    assert len(text.splitlines()) < 250
     assert all(re.search(rf"^{folder}/", text, re.MULTILINE) for folder in FOLDERS)
 
 
