@@ -75,7 +75,7 @@ def test_one_tokenizer_on_both_sides(check, folders):
 
 def test_a_teacher_that_is_worse(check):
     status, out, found = check(ROWS, with_models=True, model_rows=3)
-    bits = [line for line in out.splitlines() if line.startswith("bits per byte")][0].split()[-2:]
+    bits = next(line for line in out.splitlines() if line.startswith("bits per byte")).split()[-2:]
     worse = float(bits[1]) >= float(bits[0])
     assert status == int(worse) and worse == any("cannot teach" in what for what in found["problem"])
 
