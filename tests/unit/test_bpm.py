@@ -297,7 +297,7 @@ def test_tokens_astride_the_prompts_end():
 
 
 def test_few_operations_at_512_tokens(pair, monkeypatch):
-    """On an accelerator, where chunks are large, small kernels are what takes time: forward and backward, CE included."""
+    """Forward and backward, CE included, with chunks as an accelerator has them, where small kernels take the time."""
     monkeypatch.setattr(logits, "CPU_ROWS", 220)
     examples = (pair.prepared("BPM", slice(7)) * 3)[:17]
     batch = pair.collator("BPM")(examples)
