@@ -15,7 +15,7 @@ p^T_i = softmax(z^T_i/τ) is the teacher's prediction there.
 3. Spanning.  Where s_j reaches over the end of t_i, x moves from q_j[φ(r(t_i))] to q_j[s_j]: the weight of t_i, times
               the probabilities of the teacher tokens behind it that s_j holds, times that of all tokens that begin with
               what is left of s_j in the last one it touches.
-4. Loss.      p_j = softmax(z^S_j/τ) over the u with q_j[u] > 0, and ⊥ for all others (1e-6 at least).
+4. Loss.      p_j = softmax(z^S_j/τ) over the u with q_j[u] > 0, and ⊥ for all others (1e-12 at least).
 
 A student token of spaces and tabs alone is not distilled (--mask_whitespace): with it, code collapses, the authors say.
 

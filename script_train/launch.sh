@@ -10,7 +10,11 @@
 #   DEVICE       npu, cuda or cpu                       what torch sees
 #   NPROC        processes on each machine              one an accelerator; with HOSTFILE its slots; 1 on cpu
 #   HOSTFILE     DeepSpeed hostfile: several machines   this machine alone
-#   MASTER_PORT  port of rank 0                         29500
+#   NNODES       machines, on each of which the same    Slurm's (srun) or torchrun's (PET_NNODES), else 1
+#                command is started: no ssh is needed
+#   NODE_RANK    which of them this one is, from 0      Slurm's or torchrun's (PET_NODE_RANK)
+#   MASTER_ADDR  the first of them                      Slurm's or torchrun's (PET_MASTER_ADDR)
+#   MASTER_PORT  port of rank 0                         torchrun's (PET_MASTER_PORT), else 29500
 #   ZERO         2 or 3: the file in config/            2
 #   PRECISION    bf16, fp16 or fp32                     bf16 on an accelerator, fp32 on cpu
 #   PYTHON       the interpreter                        .venv/bin/python, else python3
@@ -120,15 +124,32 @@ visible_devices() {
     esac
 }
 
+# Sets NNODES, and where there are several machines NODE_RANK and MASTER_ADDR, as they are given, or by who started this.
+choose_nodes() {
+    NNODES=${NNODES:-${SLURM_STEP_NUM_NODES:-${PET_NNODES:-1}}}
+    [[ $NNODES =~ ^[1-9][0-9]*$ ]] || die "NNODES=$NNODES is not a number of machines."
+    ((NNODES > 1)) || return 0
+    [[ -z ${HOSTFILE:-} ]] || die "HOSTFILE and NNODES=$NNODES: give one of them. With NNODES, start each machine yourself."
+    NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-${PET_NODE_RANK:-}}}
+    if [[ -z ${MASTER_ADDR:-${PET_MASTER_ADDR:-}} && -n ${SLURM_STEP_NODELIST:-} ]]; then
+        MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+    fi
+    MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
+    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) ||
+        die "NNODES=$NNODES, and NODE_RANK=${NODE_RANK:-} is none of 0 to $((NNODES - 1)). Give each machine its own."
+    [[ -n $MASTER_ADDR ]] || die "NNODES=$NNODES needs MASTER_ADDR, the first machine as the others reach it."
+}
+
 # launch SCRIPT ARGUMENTS…: an argument that stands here too overrides what is chosen for the device.
 launch() {
     local script=$1
     shift
     [[ $script == /* ]] || script=$CDM_ROOT/$script
     choose_devices
+    choose_nodes
 
     local -a command=("$PYTHON") flags=()
-    local processes=${NPROC:-$DEVICE_COUNT} visible
+    local processes=${NPROC:-$DEVICE_COUNT} visible nodes='' status=0
     [[ $processes =~ ^[1-9][0-9]*$ ]] || die "NPROC=$processes is not a number of processes."
     [[ $DEVICE != cpu ]] || flags+=(--use_cpu true)
     case $PRECISION in
@@ -138,9 +159,16 @@ launch() {
     esac
 
     # One process on the CPU is plain Python; everything else DeepSpeed starts.
-    if [[ $DEVICE != cpu || $processes -gt 1 || -n ${HOSTFILE:-} ]]; then
-        command+=(-m deepspeed.launcher.runner --master_port "${MASTER_PORT:-29500}")
-        if [[ -n ${HOSTFILE:-} ]]; then
+    if [[ $DEVICE != cpu || $processes -gt 1 || -n ${HOSTFILE:-} || $NNODES -gt 1 ]]; then
+        command+=(-m deepspeed.launcher.runner --master_port "${MASTER_PORT:-${PET_MASTER_PORT:-29500}}")
+        if ((NNODES > 1)); then
+            # DeepSpeed wants a list of machines: their names do not matter without ssh.
+            nodes=$(mktemp)
+            for ((node = 0; node < NNODES; node++)); do
+                printf 'node%d slots=%d\n' "$node" "$processes"
+            done >"$nodes"
+            command+=(--hostfile "$nodes" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+        elif [[ -n ${HOSTFILE:-} ]]; then
             # DeepSpeed would go on with this machine alone.
             [[ -f $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE: there is no such file."
             command+=(--hostfile "$HOSTFILE")
@@ -167,7 +195,9 @@ launch() {
             export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
         fi
     fi
-    supervise "${command[@]}" "$script" "${flags[@]}" "$@"
+    supervise "${command[@]}" "$script" "${flags[@]}" "$@" || status=$?
+    [[ -z $nodes ]] || rm -f "$nodes"
+    return "$status"
 }
 
 # train ARGUMENTS…: trains STUDENT by SCRIPT, with the settings of the script that calls it. The arguments are the method's

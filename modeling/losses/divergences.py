@@ -84,8 +84,7 @@ def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
     return values.masked_fill_(values > 1e9, torch.inf)
 
 
-FLOOR = 1e-12  # of a target's probability in a logarithm
-REST_FLOOR = 1e-6  # of what is left of 1: a sum of many float32 probabilities is no more exact
+FLOOR = 1e-12  # of a probability in a logarithm
 
 
 def jsd_to_target_rows(
@@ -99,7 +98,7 @@ def jsd_to_target_rows(
     Args:
         target: float32 `[r, C + 1]`, q: probabilities of the tokens `columns`, and in the last column of the rest; a
             constant.
-        logits: `[r, V]`. The rest's p is what is left of 1, or `REST_FLOOR` where that is less.
+        logits: `[r, V]`. The rest's p is `FLOOR` at least.
         columns: int64 `[C]`. A token may stand there twice, where no row has a q > 0 in both places.
         beta: 0 to 1.
         temperature: τ > 0, of the logits; the target is taken as it is.
@@ -119,28 +118,36 @@ class _JSDToTarget(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, columns, beta, temperature):
         z, q, rest_q = _divided(logits, temperature), target[:, :-1], target[:, -1]
-        normaliser = torch.logsumexp(z, dim=-1)
+        largest, no_token = z.amax(-1), q <= 0
+        exp = torch.sub(z, largest[:, None]).exp_()
+        total = exp.sum(-1)
+        normaliser = largest + total.log()
         log_p = z.index_select(1, columns).sub_(normaliser[:, None])
-        p = log_p.exp().masked_fill_(q <= 0, 0.0)
-        left = 1 - p.sum(-1)
-        rest_p = left.clamp(min=REST_FLOOR)
+        p = log_p.exp().masked_fill_(no_token, 0.0)
+        # 1 − Σp without its cancellation: a token's own power, taken from itself, is exactly 0.
+        exp.index_add_(1, columns, exp.index_select(1, columns).masked_fill_(no_token, 0.0), alpha=-1)
+        left = exp.sum(-1) / total
+        rest_p = left.clamp(min=FLOOR)
         value, of_p = _jsd_terms(p, log_p, q, beta)
         rest_value, of_rest = _jsd_terms(*(x[:, None] for x in (rest_p, rest_p.log(), rest_q)), beta)
         if ctx.needs_input_grad[0]:
-            of_rest = of_rest.squeeze(1) * (left > REST_FLOOR)
-            share, total = of_rest / rest_p, of_p.sum(-1) + of_rest
-            of_p = torch.addcmul(of_p, p, share[:, None], value=-1)
+            of_rest = of_rest.squeeze(1) * (left > FLOOR)
             ctx.temperature = temperature
-            ctx.save_for_backward(logits, columns, normaliser, share - total, of_p)
+            ctx.save_for_backward(
+                *(logits, columns, no_token, normaliser, of_rest / rest_p, of_p, of_p.sum(-1) + of_rest)
+            )
         return (value + rest_value) * temperature**2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        logits, columns, normaliser, share, of_columns = ctx.saved_tensors
-        of_z = torch.sub(_divided(logits, ctx.temperature), normaliser[:, None]).exp_().mul_(share[:, None])
-        of_z.index_add_(1, columns, of_columns).mul_(ctx.temperature * gradient[:, None])
-        return of_z, None, None, None, None
+        logits, columns, no_token, normaliser, share, of_p, total = ctx.saved_tensors
+        of_z = torch.sub(_divided(logits, ctx.temperature), normaliser[:, None]).exp_()
+        p = of_z.index_select(1, columns).masked_fill_(no_token, 0.0)
+        # The rest alone first: its share may be so large that what is added to it and taken away again is lost.
+        of_z.index_add_(1, columns, p, alpha=-1).mul_((share - total)[:, None])
+        of_z.index_add_(1, columns, torch.addcmul(of_p, p, total[:, None], value=-1))
+        return of_z.mul_(ctx.temperature * gradient[:, None]), None, None, None, None
 
 
 def _jsd_terms(p: Tensor, log_p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:

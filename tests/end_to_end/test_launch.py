@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "modeling/run_clm_sft.py")
 READ_BY_LAUNCH = (
     *("DEVICE", "DEVICE_COUNT", "NPROC", "HOSTFILE", "MASTER_PORT", "ZERO", "PRECISION", "DRY_RUN", "PYTHON"),
+    *("NNODES", "NODE_RANK", "MASTER_ADDR"),
     *(
         "CUDA_VISIBLE_DEVICES",
         "ASCEND_RT_VISIBLE_DEVICES",
@@ -157,9 +158,34 @@ def test_hostfile(tmp_path, stub):
     assert "no such file" in error_of(DEVICE="cuda", NPROC="2", HOSTFILE=str(tmp_path / "none"))
 
 
+def several(rank: str, address: str, port: str, *, nodes: int = 2, slots: int = 4, **env: str) -> None:
+    """The command of one of several machines, and the list that DeepSpeed is given."""
+    words = command_of(DEVICE="cuda", NPROC=str(slots), **env)
+    at = words.index("--hostfile")
+    assert words[3:at] == ["--master_port", port]
+    assert words[at + 2 : at + 7] == ["--no_ssh", "--node_rank", rank, "--master_addr", address]
+    assert words[at + 7] == SCRIPT and "--deepspeed" in words
+
+
+def test_several_machines(tmp_path):
+    several("1", "10.0.0.1", "29500", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    pet = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "first", "PET_MASTER_PORT": "1234"}
+    several("0", "first", "1234", **pet)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\n[ \"$3\" = 'n[3-4]' ] && printf 'n3\\nn4\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[3-4]"}
+    several("1", "n3", "29500", PATH=f"{tmp_path}:{os.environ['PATH']}", **slurm)
+    assert "--no_ssh" not in command_of(DEVICE="cuda", NPROC="4", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0")
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [
+        ({"NNODES": "two"}, "NNODES=two is not a number"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK= is none of 0 to 1"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK=2 is none of 0 to 1"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "HOSTFILE": "h"}, "HOSTFILE and NNODES=2"),
         ({"DEVICE": "tpu", "NPROC": "1"}, "DEVICE=tpu"),
         ({"DEVICE": "cpu", "NPROC": "two"}, "NPROC=two"),
         ({"DEVICE": "cpu", "NPROC": "0"}, "NPROC=0"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LEAST_MASS = 1e-9
-REST_FLOOR = 1e-6  # of p[⊥]
+REST_FLOOR = 1e-12  # of p[⊥]
 
 
 @dataclass
@@ -176,7 +176,9 @@ def bpm(
         p = softmax(z_student[j], temperature)
         ids = [u for u, mass in row.q.items() if mass > 0]
         of_ids = p[ids]
-        rest = (1 - of_ids.sum()).clamp(min=REST_FLOOR)
+        others = torch.ones(len(p), dtype=torch.bool)
+        others[ids] = False
+        rest = p[others].sum().clamp(min=REST_FLOOR)  # 1 − Σ over the tokens with q > 0
         q = torch.tensor([*(row.q[u] for u in ids), row.rest], dtype=torch.float64)
         values.append(temperature**2 * jsd(q, torch.cat([of_ids, rest[None]]), beta))
     return torch.stack(values), sums
