@@ -196,7 +196,7 @@ launch() {
         fi
     fi
     supervise "${command[@]}" "$script" "${flags[@]}" "$@" || status=$?
-    [[ -z $nodes ]] || rm -f "$nodes"
+    [[ -z $nodes || ${DRY_RUN:-0} == 1 ]] || rm -f "$nodes"
     return "$status"
 }
 

@@ -158,10 +158,12 @@ def test_hostfile(tmp_path, stub):
     assert "no such file" in error_of(DEVICE="cuda", NPROC="2", HOSTFILE=str(tmp_path / "none"))
 
 
-def several(rank: str, address: str, port: str, *, nodes: int = 2, slots: int = 4, **env: str) -> None:
-    """The command of one of several machines, and the list that DeepSpeed is given."""
-    words = command_of(DEVICE="cuda", NPROC=str(slots), **env)
+def several(rank: str, address: str, port: str, **env: str) -> None:
+    """The command of one of two machines with four devices, and the list that DeepSpeed is given."""
+    words = command_of(DEVICE="cuda", NPROC="4", **env)
     at = words.index("--hostfile")
+    assert Path(words[at + 1]).read_text() == "node0 slots=4\nnode1 slots=4\n"
+    Path(words[at + 1]).unlink()
     assert words[3:at] == ["--master_port", port]
     assert words[at + 2 : at + 7] == ["--no_ssh", "--node_rank", rank, "--master_addr", address]
     assert words[at + 7] == SCRIPT and "--deepspeed" in words
