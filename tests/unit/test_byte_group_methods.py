@@ -197,7 +197,7 @@ def responses():
     ("phi-3", "qwen2"), ("llama-3", "gemma-2"), ("qwen2", "opt"), ("gemma-2", "phi-3"),
 ])  # fmt: skip
 def test_real_tokenizers(teacher_name, student_name):
-    """Every method with one setting after the other, over real texts, cut ones too."""
+    """Every method with one setting after the other, over half of the real texts, a cut one too."""
     encoders = encoder(teacher_name), encoder(student_name)
     for number, (name, text) in enumerate(responses().items()):
         block_size = 1000 if number % 4 else 12  # cut
@@ -211,8 +211,10 @@ def test_real_tokenizers(teacher_name, student_name):
         # As of models that know something: the text's own tokens are likely.
         for z, side in ((teacher, batch.teacher), (student, batch.student)):
             z.scatter_add_(1, side.labels[:, None], torch.full((len(z), 1), 14.0, dtype=z.dtype))
-        for method, settings in SETTINGS.items():
-            options = settings[number % len(settings)]
+        for place, (method, settings) in enumerate(SETTINGS.items()):
+            if (number + place) % 2:  # a method takes every other text: these vocabularies are large
+                continue
+            options = settings[number // 2 % len(settings)]
             check(method, options, encoders, batch, teacher, student.requires_grad_())
 
 
