@@ -134,7 +134,8 @@ def test_entropy_with_tokens_ruled_out(dtype):
     for of in (entropy, lambda z: StudentRows(z, torch.zeros(len(z), dtype=torch.int64)).entropy()):
         torch.testing.assert_close(of(z), expected, rtol=1e-5, atol=1e-6)
         assert of(certain).tolist() == [0.0, 0.0]
-    assert set(entropy_weights(torch.cat([entropy(z), entropy(certain)]), [11, 2]).tolist()) <= {3, 4, 5}
+    example = torch.tensor([0] * 11 + [1] * 2)
+    assert set(entropy_weights(torch.cat([entropy(z), entropy(certain)]), example, 2).tolist()) <= {3, 4, 5}
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -162,4 +163,4 @@ def test_logits_that_are_all_equal(loss, dtype):
     else:
         assert got.tolist() == pytest.approx([0.0] * 3, abs=1e-6) and gradient.abs().max() < 1e-6
     assert entropy(z).tolist() == pytest.approx([math.log(8)] * 3)
-    assert entropy_weights(entropy(z), [3]).tolist() == [3, 3, 3]  # h = 0
+    assert entropy_weights(entropy(z), torch.zeros(3, dtype=torch.int64), 1).tolist() == [3, 3, 3]  # h = 0
