@@ -22,8 +22,7 @@ A student token of spaces and tabs alone is not distilled (--mask_whitespace): w
 Logged beside the losses: residual_mass (q_j[⊥], mean over the distilled tokens), and the shares of student tokens that
 are interior, spanning and dropped (not distilled).
 
-The authors' code takes the mean over the distilled tokens of a batch, where this divides by all response tokens of the
-step; and it refuses SentencePiece tokenizers, whose forms are bytes like any other here.
+The authors' code refuses SentencePiece tokenizers; here their forms are bytes like any other.
 """
 
 from dataclasses import dataclass, field

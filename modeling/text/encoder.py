@@ -185,7 +185,7 @@ def require_same_tokenizer(student: Encoder, teacher: Encoder) -> None:
         f"The student's tokenizer {sides[0].name!r} ({lengths[0]} tokens) and the teacher's {sides[1].name!r} "
         f"({lengths[1]} tokens) are not the same: id {first} is {tokens[0]} in the student's and {tokens[1]} in the "
         "teacher's. Comparing them token by token needs one tokenizer. For a pair like this one there are "
-        "run_clm_distill_CDM.py, run_clm_MinED.py and run_clm_uld.py."
+        "run_clm_distill_CDM.py, run_clm_MinED.py, run_clm_uld.py and others (python script_train/methods.py: any)."
     )
 
 

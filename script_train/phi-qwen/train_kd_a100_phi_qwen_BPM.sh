@@ -12,7 +12,7 @@ TEACHER=${TEACHER:-microsoft/Phi-3-mini-4k-instruct}   # hub name or folder; the
 STUDENT=${STUDENT:-Qwen/Qwen2-0.5B}                    # hub name or folder
 DATA=${DATA:-$CDM_ROOT/data/dolly_train.sample.json}   # the 50-row sample; data/prepare_data.py makes the full file
 VALIDATION=${VALIDATION:-}                             # held-out file of the same form; none = no evaluation
-OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/phi_qwen_mined}     # the trained student, its logs and its curves
+OUTPUT=${OUTPUT:-$CDM_ROOT/outputs/phi_qwen_bpm}     # the trained student, its logs and its curves
 
 MAPPER_KIND=prefixEM                                   # exact matches, else the longest student token that begins a token
 MAPPER=${MAPPER:-$CDM_ROOT/outputs/mappers/${TEACHER##*/}-to-${STUDENT##*/}.$MAPPER_KIND.safetensors}  # built if not there
