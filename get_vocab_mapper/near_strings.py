@@ -1,57 +1,60 @@
 """Exact edit-distance searches between two large lists of strings.
 
-Both searches give what comparing every string with every other would give. They look at far fewer pairs,
-because two facts bound the distance from below at almost no cost:
+Both searches give what comparing every string with every other would give. They measure far fewer pairs, because two
+facts bound the Levenshtein distance from below at almost no cost:
 - it is at least the difference in length, so only a few lengths need a look;
-- each insertion, deletion or substitution removes at most one character and adds at most one, so it is at
-  least the number of characters that either string has and the other lacks, counted with multiplicity.
-The pairs that are left are measured with the bit-parallel algorithm of Myers (1999) in Hyyrö's form.
+- each insertion, deletion or substitution removes at most one character and adds at most one, so it is at least the
+  number of characters that either string has and the other lacks, counted with multiplicity.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 from tqdm import tqdm
 
-_WORD = 64  # longer strings than this many characters are measured with the plain recurrence
 _CHUNK = 512  # strings a task: long enough to forget the call, short enough for a moving progress bar
-_FAR = 1 << 30
+_ROOM = 1 << 18  # pairs that a task finds, but rarely
 
 
-@dataclass(frozen=True)
-class _Strings:
-    """Strings in order of length (then of their place in the list), as arrays that a compiled loop can read.
+class _Strings(NamedTuple):
+    """Strings as arrays that a compiled loop can read.
 
     Attributes:
-        place: int64 [n], where each string stood in the list.
-        codes: int32 [total], the characters of all strings; equal characters have equal codes.
+        codes: uint32 [total], the code points of all strings.
         starts: int64 [n + 1], string i is `codes[starts[i]:starts[i + 1]]`.
-        signatures: uint64 [n], the set of a string's characters, the second `e` being another than the first,
-            hashed into 64 bits.
-        by_length: int64 [longest + 2], strings of length L are `by_length[L] .. by_length[L + 1] - 1`.
+        signatures: uint64 [n], the set of a string's characters, the second `e` being another than the first, hashed
+            into 64 bits.
+        order: int64 [n], the strings in order of length, then of their place in the list.
+        by_length: int64 [longest + 2], strings of length L are `order[by_length[L]:by_length[L + 1]]`.
     """
 
-    place: np.ndarray
     codes: np.ndarray
     starts: np.ndarray
     signatures: np.ndarray
+    order: np.ndarray
     by_length: np.ndarray
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.codes, self.starts, self.signatures, self.by_length
+    @classmethod
+    def of(cls, strings: list[str]) -> _Strings:
+        codes = np.frombuffer("".join(strings).encode("utf-32-le"), dtype=np.uint32)
+        lengths = np.fromiter(map(len, strings), dtype=np.int64, count=len(strings))
+        starts, order = np.concatenate(([0], np.cumsum(lengths))), np.argsort(lengths, kind="stable")
+        by_length = np.searchsorted(lengths[order], np.arange(lengths.max(initial=0) + 2))
+        return cls(codes, starts, _signatures(codes, starts), order, by_length)
 
 
 def nearest_strings(queries: list[str], candidates: list[str], progress: str | None = None) -> np.ndarray:
     """For each query, the candidate at the smallest Levenshtein distance.
 
-    Ties go to the candidate of smaller difference in length, then of longer common prefix (both in
-    characters), then to the one that comes first.
+    Ties go to the candidate of smaller difference in length, then of longer common prefix (both in characters), then
+    to the one that comes first.
 
     Args:
         queries, candidates: any strings; there is at least one candidate.
@@ -62,17 +65,9 @@ def nearest_strings(queries: list[str], candidates: list[str], progress: str | N
     """
     if not candidates:
         raise ValueError("nearest_strings needs at least one candidate.")
-    query, candidate, alphabet = _pack(queries, candidates)
-    found = np.empty((len(queries), 2), dtype=np.int64)
-
-    def search(first: int, last: int) -> None:
-        found[query.place[first:last]] = _nearest(
-            first, last, *query.arrays, *candidate.arrays, candidate.place, alphabet
-        )
-
-    for _ in _in_threads(search, len(queries), progress):
-        pass
-    return found
+    a, b = _Strings.of(queries), _Strings.of(candidates)
+    parts = list(_in_threads(lambda first, last: _nearest(*a[:3], first, last, *b), len(queries), progress))
+    return np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
 
 
 def similar_strings(
@@ -81,25 +76,21 @@ def similar_strings(
     """All pairs at normalised distance lev(a, b) / (|a| + |b|) < threshold; two empty strings are at 0.
 
     Returns:
-        four int32 arrays [pairs], in no particular order: index into `left`, index into `right`, the
-        Levenshtein distance, and |a| + |b|.
+        four int32 arrays [pairs], in no particular order: index into `left`, index into `right`, the Levenshtein
+        distance, and |a| + |b|.
     """
-    a, b, alphabet = _pack(left, right)
+    a, b = _Strings.of(left), _Strings.of(right)
     longest = len(a.by_length) + len(b.by_length)
     limits = np.array([_largest_distance(total, threshold) for total in range(longest)], dtype=np.int64)
 
     def search(first: int, last: int) -> np.ndarray:
-        return _similar(first, last, *a.arrays, *b.arrays, limits, alphabet)
+        pairs = np.empty((4, _ROOM), dtype=np.int32)
+        while (count := _similar(*a[:3], first, last, *b, limits, pairs)) > pairs.shape[1]:
+            pairs = np.empty((4, count), dtype=np.int32)
+        return pairs[:, :count].copy()
 
-    chunks = list(_in_threads(search, len(left), progress))
-    pairs = np.concatenate(chunks) if chunks else np.empty((0, 4), dtype=np.int32)
-    del chunks
-    return (
-        a.place[pairs[:, 0]].astype(np.int32),
-        b.place[pairs[:, 1]].astype(np.int32),
-        pairs[:, 2].copy(),
-        pairs[:, 3].copy(),
-    )
+    parts = list(_in_threads(search, len(left), progress))
+    return tuple(np.concatenate([np.empty((4, 0), dtype=np.int32), *parts], axis=1))
 
 
 def _largest_distance(total: int, threshold: float) -> int:
@@ -110,123 +101,76 @@ def _largest_distance(total: int, threshold: float) -> int:
     return lev
 
 
-def _pack(left: list[str], right: list[str]) -> tuple[_Strings, _Strings, int]:
-    """Both lists as arrays over one alphabet, and the size of that alphabet."""
-    text = "".join(left) + "".join(right)
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    alphabet, codes = np.unique(points, return_inverse=True)
-    codes = codes.astype(np.int32)
-    border = sum(map(len, left))
-    sides = []
-    for strings, side_codes, side_points in (
-        (left, codes[:border], points[:border]),
-        (right, codes[border:], points[border:]),
-    ):
-        lengths = np.fromiter(map(len, strings), dtype=np.int64, count=len(strings))
-        place = np.argsort(lengths, kind="stable")
-        source = np.concatenate(([0], np.cumsum(lengths)))[:-1]
-        starts = np.concatenate(([0], np.cumsum(lengths[place])))
-        # Position of each character in the joined list: its string's start there, plus its offset.
-        gather = np.repeat(source[place] - starts[:-1], lengths[place]) + np.arange(starts[-1])
-        by_length = np.searchsorted(lengths[place], np.arange(lengths.max(initial=0) + 2))
-        sides.append(
-            _Strings(place, side_codes[gather], starts, _signatures(side_points[gather], starts), by_length)
-        )
-    return sides[0], sides[1], len(alphabet)
-
-
 def _in_threads(search: Callable, count: int, progress: str | None) -> Iterator:
-    """Run `search(first, last)` over consecutive ranges of `count` items, in order, on all usable cores."""
+    """Runs `search(first, last)` over consecutive ranges of `count` items, in order, on all usable cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranges = [(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    firsts = range(0, count, _CHUNK)
+    lasts = [min(first + _CHUNK, count) for first in firsts]
     with (
         ThreadPoolExecutor(cores) as pool,
         tqdm(total=count, desc=progress, unit=" tokens", mininterval=0.5, disable=progress is None) as bar,
     ):
-        for (first, last), result in zip(ranges, pool.map(search, *zip(*ranges)) if ranges else ()):
+        for first, last, result in zip(firsts, lasts, pool.map(search, firsts, lasts)):
             bar.update(last - first)
             yield result
 
 
-@intrinsic
-def _popcount(typing_context, word):
-    """The number of set bits of a uint64, as int64."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.uint64), generate
-
-
 @njit(nogil=True)
-def _signatures(points, starts):
+def _signatures(codes, starts):
     """The `signatures` of `_Strings`. ASCII letters of one case never share a bit."""
     signatures = np.zeros(len(starts) - 1, dtype=np.uint64)
     for i in range(len(signatures)):
         for c in range(starts[i], starts[i + 1]):
             earlier = 0
             for other in range(starts[i], c):
-                earlier += points[other] == points[c]
-            signatures[i] |= np.uint64(1) << np.uint64((points[c] + 27 * earlier) % _WORD)
+                earlier += codes[other] == codes[c]
+            signatures[i] |= np.uint64(1) << np.uint64((codes[c] + 27 * earlier) % 64)
     return signatures
+
+
+@intrinsic
+def _count_bits(typing_context, word):
+    """The number of set bits of a uint64, as int64."""
+    return types.int64(types.uint64), lambda context, builder, signature, words: builder.ctpop(words[0])
 
 
 @njit(nogil=True)
 def _differ_beyond(left, right, limit):
     """Whether two signatures alone show that the distance is above `limit`."""
-    return _popcount(left & ~right) > limit or _popcount(right & ~left) > limit
+    return _count_bits(left & ~right) > limit or _count_bits(right & ~left) > limit
 
 
 @njit(nogil=True)
-def _distance(a, a_bits, b):
-    """Levenshtein distance; `a_bits[c]` has bit i set where `a[i] == c`, if `a` fits into a word."""
-    if len(a) > _WORD or len(a) == 0:
-        return _distance_by_rows(a, b)
-    vertical_plus = ~np.uint64(0)
-    vertical_minus = np.uint64(0)
-    last = np.uint64(1) << np.uint64(len(a) - 1)
-    one = np.uint64(1)
-    distance = len(a)
+def _distance(a, b, bits):
+    """The Levenshtein distance: up to 64 characters of `a` at once (Myers 1999, in Hyyrö's form), else row by row.
+
+    Bit i of `bits[c]` is set where `a[i] == c`.
+    """
+    one, distance = np.uint64(1), len(a)
+    if not 0 < len(a) <= 64:
+        row = np.arange(len(b) + 1)
+        for i in range(len(a)):
+            diagonal, row[0] = row[0], i + 1
+            for j in range(len(b)):
+                step = min(min(row[j], row[j + 1]) + 1, diagonal + (a[i] != b[j]))
+                diagonal, row[j + 1] = row[j + 1], step
+        return row[len(b)]
+    vertical_plus, vertical_minus, last = ~np.uint64(0), np.uint64(0), one << np.uint64(len(a) - 1)
     for c in b:
-        same = a_bits[c]
+        same = bits[c]
         diagonal = (((same & vertical_plus) + vertical_plus) ^ vertical_plus) | same | vertical_minus
-        plus = vertical_minus | ~(diagonal | vertical_plus)
-        minus = vertical_plus & diagonal
-        if plus & last:
-            distance += 1
-        elif minus & last:
-            distance -= 1
+        plus, minus = vertical_minus | ~(diagonal | vertical_plus), vertical_plus & diagonal
+        distance += (plus & last != 0) - (minus & last != 0)
         plus = (plus << one) | one
-        vertical_plus = (minus << one) | ~(diagonal | plus)
-        vertical_minus = plus & diagonal
+        vertical_plus, vertical_minus = (minus << one) | ~(diagonal | plus), plus & diagonal
     return distance
 
 
 @njit(nogil=True)
-def _distance_by_rows(a, b):
-    row = np.arange(len(b) + 1)
-    for i in range(len(a)):
-        diagonal = row[0]
-        row[0] = i + 1
-        for j in range(len(b)):
-            step = min(row[j], row[j + 1]) + 1
-            step = min(step, diagonal + (a[i] != b[j]))
-            diagonal = row[j + 1]
-            row[j + 1] = step
-    return row[len(b)]
-
-
-@njit(nogil=True)
-def _set_bits(bits, string):
-    """Write the positions of each character into `bits`; see `_distance`."""
-    for position in range(min(len(string), _WORD)):
-        bits[string[position]] |= np.uint64(1) << np.uint64(position)
-
-
-@njit(nogil=True)
-def _clear_bits(bits, string):
-    for c in string:
-        bits[c] = 0
+def _mark(bits, string, on):
+    """Writes where each character stands into `bits` (see `_distance`), or clears it again."""
+    for position in range(min(len(string), 64)):
+        bits[string[position]] = bits[string[position]] | np.uint64(1) << np.uint64(position) if on else np.uint64(0)
 
 
 @njit(nogil=True)
@@ -238,86 +182,65 @@ def _common_prefix(a, b):
 
 
 @njit(nogil=True)
-def _nearest(
-    first, last,
-    a_codes, a_starts, a_signatures, a_by_length,
-    b_codes, b_starts, b_signatures, b_by_length, b_place,
-    alphabet,
-):  # fmt: skip
+def _nearest(a_codes, a_starts, a_signatures, first, last, b_codes, b_starts, b_signatures, order, by_length):
     """`nearest_strings` for the queries `first .. last - 1`."""
-    found = np.empty((last - first, 2), dtype=np.int64)
-    bits = np.zeros(alphabet, dtype=np.uint64)
-    longest = len(b_by_length) - 2
+    found, bits = np.empty((last - first, 2), dtype=np.int64), np.zeros(0x110000, dtype=np.uint64)
+    b_signatures = b_signatures[order]
+    longest = len(by_length) - 2
     for i in range(first, last):
         a = a_codes[a_starts[i] : a_starts[i + 1]]
-        _set_bits(bits, a)
-        best, best_prefix, best_place = _FAR, -1, -1
+        _mark(bits, a, True)
+        best, best_prefix, best_j = 1 << 30, -1, -1
         gap = 0  # the difference in length, smallest first
         # A larger gap can only be better with a smaller distance, and that is at least the gap.
         while gap < best and gap <= max(len(a), longest):
-            limit = best - 1 if best < _FAR else _FAR
-            for side in range(1 if gap == 0 else 2):
-                length = len(a) + gap if side == 0 else len(a) - gap
+            limit = best - 1
+            for length in range(len(a) - gap, len(a) + gap + 1, max(2 * gap, 1)):
                 if length < 0 or length > longest:
                     continue
-                for j in range(b_by_length[length], b_by_length[length + 1]):
-                    if _differ_beyond(a_signatures[i], b_signatures[j], limit):
+                for place in range(by_length[length], by_length[length + 1]):
+                    if _differ_beyond(a_signatures[i], b_signatures[place], limit):
                         continue
+                    j = order[place]
                     b = b_codes[b_starts[j] : b_starts[j + 1]]
-                    distance = _distance(a, bits, b)
+                    distance = _distance(a, b, bits)
                     if distance > limit:
                         continue
                     prefix = _common_prefix(a, b)
-                    place = b_place[j]
-                    if (
-                        distance < best
-                        or prefix > best_prefix
-                        or (prefix == best_prefix and place < best_place)
-                    ):
-                        best, best_prefix, best_place = distance, prefix, place
+                    if distance < best or prefix > best_prefix or (prefix == best_prefix and j < best_j):
+                        best, best_prefix, best_j = distance, prefix, j
                         limit = best  # a rival of this gap may tie
             gap += 1
-        found[i - first, 0] = best_place
-        found[i - first, 1] = best
-        _clear_bits(bits, a)
+        found[i - first] = best_j, best
+        _mark(bits, a, False)
     return found
 
 
 @njit(nogil=True)
 def _similar(
-    first, last,
-    a_codes, a_starts, a_signatures, a_by_length,
-    b_codes, b_starts, b_signatures, b_by_length,
-    limits, alphabet,
-):  # fmt: skip
-    """`similar_strings` for the left strings `first .. last - 1`: int32 [pairs, 4]."""
-    pairs = np.empty((1024, 4), dtype=np.int32)
-    count = 0
-    bits = np.zeros(alphabet, dtype=np.uint64)
+    a_codes, a_starts, a_signatures, first, last, b_codes, b_starts, b_signatures, order, by_length, limits, pairs
+):
+    """Pairs of a left string `first .. last - 1` and a right one at a distance of at most `limits[|a| + |b|]`.
+
+    Writes both, the distance and |a| + |b| to int32 [4, room] while there is room; returns how many pairs there are.
+    """
+    count, bits = 0, np.zeros(0x110000, dtype=np.uint64)
+    b_signatures = b_signatures[order]
     for i in range(first, last):
         a = a_codes[a_starts[i] : a_starts[i + 1]]
-        _set_bits(bits, a)
-        for length in range(len(b_by_length) - 1):
+        _mark(bits, a, True)
+        for length in range(len(by_length) - 1):
             total = len(a) + length
-            limit = limits[total]
-            if abs(len(a) - length) > limit:
+            if abs(len(a) - length) > limits[total]:
                 continue
-            for j in range(b_by_length[length], b_by_length[length + 1]):
-                if _differ_beyond(a_signatures[i], b_signatures[j], limit):
+            for place in range(by_length[length], by_length[length + 1]):
+                if _differ_beyond(a_signatures[i], b_signatures[place], limits[total]):
                     continue
-                distance = _distance(a, bits, b_codes[b_starts[j] : b_starts[j + 1]])
-                if distance > limit:
-                    continue
-                if count == len(pairs):
-                    grown = np.empty((2 * count, 4), dtype=np.int32)
-                    for pair in range(count):  # a slice assignment takes numba three seconds to compile
-                        for column in range(4):
-                            grown[pair, column] = pairs[pair, column]
-                    pairs = grown
-                pairs[count, 0] = i
-                pairs[count, 1] = j
-                pairs[count, 2] = distance
-                pairs[count, 3] = total
-                count += 1
-        _clear_bits(bits, a)
-    return pairs[:count].copy()
+                j = order[place]
+                distance = _distance(a, b_codes[b_starts[j] : b_starts[j + 1]], bits)
+                if distance <= limits[total]:
+                    if count < pairs.shape[1]:
+                        pairs[0, count], pairs[1, count], pairs[2, count], pairs[3, count] = i, j, distance, total
+                    count += 1
+        _mark(bits, a, False)
+    return count
