@@ -1,7 +1,7 @@
 """A run, from the command line to a trained folder: what all methods share around their losses.
 
-    run = Run(__doc__, method=MyArguments)      # arguments, and a look at models and data before minutes are spent
-    run.train(MyTrainer, my_setting=run.method.my_setting)
+run = Run(__doc__, method=MyArguments)      # arguments, and a look at models and data before minutes are spent
+run.train(MyTrainer, my_setting=run.method.my_setting)
 """
 
 from __future__ import annotations
@@ -216,8 +216,7 @@ def _train(trainer: ResponseTrainer) -> TrainOutput:
             # A launcher ends all ranks as soon as one has ended.
             trainer.accelerator.wait_for_everyone()
             logger.warning(
-                "SIGTERM: stopped after step %d of %d, which is saved. The same command, started again, resumes "
-                "there.",
+                "SIGTERM: stopped after step %d of %d, which is saved. The same command, started again, resumes there.",
                 *(trainer.state.global_step, trainer.state.max_steps),
             )
             sys.exit(STOPPED)
