@@ -144,9 +144,7 @@ class Pair:
 
     @cached_property
     def mappers(self) -> Mappers:
-        em, mined = (
-            build(self.teacher.forms, self.student.forms, progress=False) for build in (build_em, build_mined)
-        )
+        em, mined = (build(self.teacher.forms, self.student.forms, progress=False) for build in (build_em, build_mined))
         return Mappers(em, torch.from_numpy(mined.to_student.static).long())
 
     def collator(self, method: str) -> ResponseCollator:
