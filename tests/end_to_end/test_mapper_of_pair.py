@@ -6,7 +6,7 @@ from tests.end_to_end.rig import launcher, run_script, steps
 from tests.end_to_end.test_teacher_cache import arguments, bench, train, without_times  # noqa: F401
 
 BUILT, READ = "written: ", "The mapper is read from"
-FILES = {"CDM": "other-to-student.em.safetensors", "MinED": "other-to-student.mined.safetensors"}
+FILES = {"CDM": "teacher-to-student.em.safetensors", "MinED": "teacher-to-student.mined.safetensors"}
 
 
 @pytest.mark.parametrize("method", FILES)
