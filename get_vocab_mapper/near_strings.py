@@ -195,7 +195,8 @@ def _nearest(a_codes, a_starts, a_signatures, first, last, b_codes, b_starts, b_
         # A larger gap can only be better with a smaller distance, and that is at least the gap.
         while gap < best and gap <= max(len(a), longest):
             limit = best - 1
-            for length in range(len(a) - gap, len(a) + gap + 1, max(2 * gap, 1)):
+            for side in range(1 if gap == 0 else 2):
+                length = len(a) + gap if side == 0 else len(a) - gap
                 if length < 0 or length > longest:
                     continue
                 for place in range(by_length[length], by_length[length + 1]):
@@ -211,7 +212,7 @@ def _nearest(a_codes, a_starts, a_signatures, first, last, b_codes, b_starts, b_
                         best, best_prefix, best_j = distance, prefix, j
                         limit = best  # a rival of this gap may tie
             gap += 1
-        found[i - first] = best_j, best
+        found[i - first, 0], found[i - first, 1] = best_j, best
         _mark(bits, a, False)
     return found
 
