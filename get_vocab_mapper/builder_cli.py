@@ -55,15 +55,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.output.suffix.lower() == ".json":
         parser.error("--output is a .safetensors file; use --export_json FILE for the JSON layout")
-    for flag in ("teacher", "student"):
-        name = getattr(arguments, flag)
-        folder = Path(name).expanduser()
-        # A hub name is `name` or `owner/name`; anything else can only be meant as a folder.
-        looks_like_a_folder = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
-        if folder.is_dir():
-            setattr(arguments, flag, str(folder))
-        elif looks_like_a_folder:
-            parser.error(f"--{flag}: there is no folder {folder}")
     return arguments
 
 

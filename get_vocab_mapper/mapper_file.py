@@ -157,46 +157,14 @@ def _to_mapper(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> Vocab
     if metadata.pop("sha256", None) != _digest(metadata, arrays):
         raise ValueError("its content is not what its checksum was taken of")
     teacher, student = (json.loads(metadata[role]) for role in ("teacher", "student"))
-    to_student, to_teacher = (
-        Direction(**{part: arrays[name] for part, name in names.items()}) for names in (TO_STUDENT, TO_TEACHER)
-    )
-    mapper = VocabMapper(
+    return VocabMapper(
         kind=metadata["kind"],
         threshold=float(metadata["threshold"]),
         teacher=Side(teacher["name"], teacher["size"], teacher["fingerprint"]),
         student=Side(student["name"], student["size"], student["fingerprint"]),
-        to_student=to_student,
-        to_teacher=to_teacher,
+        to_student=Direction(**{part: arrays[name] for part, name in TO_STUDENT.items()}),
+        to_teacher=Direction(**{part: arrays[name] for part, name in TO_TEACHER.items()}),
     )
-    _check_direction(TO_STUDENT, to_student, mapper.teacher, mapper.student, mapper.threshold)
-    _check_direction(TO_TEACHER, to_teacher, mapper.student, mapper.teacher, mapper.threshold)
-    return mapper
-
-
-def _check_direction(names: dict[str, str], direction: Direction, own: Side, other: Side, threshold: float) -> None:
-    """Raises ValueError where an array cannot belong to this pair of vocabularies, naming it as the file does."""
-    pairs, indptr, distances = len(direction.indices), direction.indptr, direction.distances
-    _check_ids(names["static"], direction.static, own.vocab_size, -1, other.vocab_size)
-    _check_ids(names["indptr"], indptr, own.vocab_size + 1, 0, pairs + 1)
-    _check_ids(names["indices"], direction.indices, pairs, 0, other.vocab_size)
-    if indptr[0] != 0 or indptr[-1] != pairs or (np.diff(indptr) < 0).any():
-        raise ValueError(f"the rows of {names['indptr']} do not cover its entries")
-    if distances.dtype != np.float32 or distances.shape != (pairs,):
-        raise ValueError(f"{names['distances']} is {distances.dtype} {distances.shape}, not float32 ({pairs},)")
-    # Not the other way round: a NaN is neither below nor above.
-    if not ((distances >= 0) & (distances <= np.float32(threshold))).all():
-        raise ValueError(f"{names['distances']} holds a distance outside 0 .. {threshold}")
-    steps, id_steps = np.diff(distances), np.diff(direction.indices)
-    falls = 1 + np.flatnonzero((steps < 0) | ((steps == 0) & (id_steps <= 0)))
-    if not np.isin(falls, indptr).all():
-        raise ValueError(f"a row of {names['indices']} is not in order")
-
-
-def _check_ids(name: str, array: np.ndarray, length: int, lowest: int, end: int) -> None:
-    if array.dtype != np.int32 or array.shape != (length,):
-        raise ValueError(f"{name} is {array.dtype} {array.shape}, not int32 ({length},)")
-    if array.size and not lowest <= array.min() <= array.max() < end:
-        raise ValueError(f"{name} holds a value outside {lowest} .. {end - 1}")
 
 
 def export_json(mapper: VocabMapper, path: str | os.PathLike) -> None:

@@ -171,9 +171,7 @@ def _token_reader(backend, name: str) -> tuple[Callable[[str], bytes], dict[str,
     if "WordPiece" in kinds:
         mark = next(step["prefix"] for step in steps if step["type"] == "WordPiece")
         if kinds != {"WordPiece"} or not mark or continuation not in (None, mark):
-            raise unreadable(
-                f"its continuation marks do not agree (model {continuation!r}, decoder {mark!r})"
-            )
+            raise unreadable(f"its continuation marks do not agree (model {continuation!r}, decoder {mark!r})")
         return _wordpiece_reader(mark), {}
     if continuation:
         raise unreadable(f"its tokens carry a continuation mark, {continuation!r}")
@@ -219,9 +217,7 @@ def _byte_level_reader() -> Callable[[str], bytes]:
     return read
 
 
-def _sentencepiece_reader(
-    replacements: list[tuple[str, str]], byte_tokens: dict[str, bytes]
-) -> Callable[[str], bytes]:
+def _sentencepiece_reader(replacements: list[tuple[str, str]], byte_tokens: dict[str, bytes]) -> Callable[[str], bytes]:
     def read(token: str) -> bytes:
         form = byte_tokens.get(token)
         if form is None:

@@ -83,7 +83,7 @@ if [[ $SMALL == 1 ]]; then
         die "SMALL=1 brings TEACHER, STUDENT, DATA and VALIDATION of its own. Leave them out, or leave out SMALL."
     TEACHER=$OUTPUT/teacher_base STUDENT=$OUTPUT/student
     DATA=$OUTPUT/data/train.json VALIDATION=$OUTPUT/data/held_out.json
-    choose_small_precision "$OUTPUT/precision.txt"
+    choose_small_precision
 fi
 choose_devices
 export PYTHON TOKENIZERS_PARALLELISM=false

@@ -244,17 +244,12 @@ build_mapper() {
         ${SIMI_THRESHOLD:+--simi_threshold "$SIMI_THRESHOLD"} --output "$MAPPER"
 }
 
-# choose_small_precision FILE: for small models on a CPU, unless PRECISION is given: of bf16 and fp32 what is faster there.
-# Measured once, since reruns must agree.
+# For small models on a CPU, unless PRECISION is given: bf16 where the processor multiplies bfloat16 matrices.
 choose_small_precision() {
     local wanted=${PRECISION:-}
     choose_devices
     [[ $DEVICE == cpu && -z $wanted ]] || return 0
-    if [[ ! -s $1 && ${DRY_RUN:-0} != 1 ]]; then
-        mkdir -p "${1%/*}"
-        "$PYTHON" "$CDM_ROOT/script_train/quickstart_models.py" precision >"$1"
-    fi
-    [[ ! -s $1 ]] || PRECISION=$(<"$1")
+    ! grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo || PRECISION=bf16
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then

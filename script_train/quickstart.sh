@@ -6,7 +6,7 @@
 #
 # A step that is done is not done again; what was made with other settings is named. FRESH=1 starts over. Every setting
 # can be given in front of the command. PYTHON, VENV and BASE_PYTHON: see setup_env.sh; DEVICE and PRECISION (on a CPU by
-# default what is faster there, bf16 or fp32): see launch.sh.
+# default bf16 where the processor has it): see launch.sh.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 source "$here/setup_env.sh"
@@ -41,7 +41,7 @@ WARMUP=0.1 ACCUMULATION=1 WORKERS=1 CHECKPOINTS=no REPORT_TO=none
 [[ $OUTPUT == /* ]] || OUTPUT=$PWD/$OUTPUT
 DATA=$OUTPUT/data/train.json VALIDATION=$OUTPUT/data/held_out.json
 TEACHER=$OUTPUT/teacher STUDENT=$OUTPUT/student MAPPER_KIND=em MAPPER=$OUTPUT/em_mapper.safetensors
-choose_small_precision "$OUTPUT/precision.txt"
+choose_small_precision
 set +a
 export PYTHON TOKENIZERS_PARALLELISM=false
 

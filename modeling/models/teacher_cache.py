@@ -17,13 +17,12 @@ the data, any seed and batch size, and rows that are new are added to it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from modeling.errors import InputError
-from modeling.files import FULL, write_whole
+from modeling.files import FULL, locked, write_whole
 from modeling.models.output_head import OutputHead
 
 logger = logging.getLogger(__name__)
@@ -233,20 +232,12 @@ class SignalCache:
 
     # ----------------------------------------------------------------------------------------------------- writing
 
-    @contextlib.contextmanager
-    def locked(self, rank: int = 0) -> Iterator[None]:
+    def locked(self, rank: int = 0) -> contextlib.AbstractContextManager[None]:
         """One run at a time is inside; another waits. (Rank 0 speaks for its run.)"""
         if rank:
-            yield
-            return
+            return contextlib.nullcontext()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("Another run is filling %s: waiting for it.", self.folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield  # given back when the file is closed, and when the process dies
+        return locked(self.folder / "lock")
 
     def describe(self, teacher: str) -> None:
         """Writes cache.json."""

@@ -18,31 +18,16 @@ from modeling.errors import first_line
 from modeling.training.arguments import check
 from modeling.training.training_arguments import TrainingArguments
 
-# Arguments of transformers' and its examples' that are no more, or never were here, and what takes their place.
+# Arguments of transformers' and its examples' that are no more, and what takes their place; of others, the nearest.
 REPLACED = {
-    "adafactor": "Give --optim adafactor",
-    "config_name": "Leave it out, the configuration is read from the model's folder",
-    "evaluation_strategy": "Give --eval_strategy",
-    "fp16_backend": "Leave it out, PyTorch's own mixed precision is used",
-    "fp16_opt_level": "Leave it out, PyTorch's own mixed precision is used",
     "fsdp_transformer_layer_cls_to_wrap": "Shard with --deepspeed CONFIG",
     "group_by_length": "Give --train_sampling_strategy group_by_length",
-    "half_precision_backend": "Leave it out, PyTorch's own mixed precision is used",
     "logging_dir": "Set TENSORBOARD_LOGGING_DIR in the environment; without it, the log is in the output folder",
     "no_cuda": "Give --use_cpu true",
     "overwrite_output_dir": "Leave it out: a run resumes from the checkpoints in its --output_dir, and "
     "--resume_from_checkpoint false starts over",
-    "per_gpu_eval_batch_size": "Give --per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "Give --per_device_train_batch_size",
-    "push_to_hub_model_id": "Give --hub_model_id",
-    "push_to_hub_organization": "Give --hub_model_id ORGANIZATION/NAME",
-    "push_to_hub_token": "Give --hub_token, or log in with hf auth login",
-    "save_safetensors": "Leave it out, models are always saved so",
-    "sharded_ddp": "Shard with --deepspeed CONFIG",
     "tokenizer_name": "Leave it out, the tokenizer is read from the model's folder",
     "torch_dtype": "Give --dtype for the student, --teacher_dtype for the teacher",
-    "use_fast_tokenizer": "Leave it out, tokenizers are always fast ones",
-    "use_mps_device": "Leave it out, the device is found",
     "warmup_ratio": "Give --warmup_steps a number below 1, the share of all steps",
 }
 
@@ -119,10 +104,6 @@ def notes(*groups: object) -> list[str]:
     return told
 
 
-def _same_folder(path: str, other: str) -> bool:
-    return Path(path).is_dir() and Path(path).resolve() == Path(other).resolve()
-
-
 def check_together(*groups: object) -> None:
     """Raises ValueError where arguments of different groups contradict each other."""
     given = {name: value for group in groups for name, value in vars(group).items()}
@@ -145,7 +126,7 @@ def check_together(*groups: object) -> None:
     for name in ("teacher_path", "same_tokenizer_teacher_path"):
         path = given.get(name)
         check(
-            not (path and given["do_train"] and _same_folder(path, given["output_dir"])),
+            not (path and given["do_train"] and Path(path).resolve() == Path(given["output_dir"]).resolve()),
             "output_dir",
             given["output_dir"],
             f"the trained student would be saved over the teacher, --{name}. Give another folder",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import logging
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -76,30 +73,15 @@ def _with_lora(model: PreTrainedModel, args: StudentArguments) -> PeftModel:
         lora_dropout=args.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
+    head = model.get_output_embeddings()  # here, since peft changes the model before it refuses it
+    linear = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        adaptable = " ".join(_adaptable_layers(model))
-        remedy = f"Give some of those that can be adapted: --lora_target_modules {adaptable}" if adaptable else ""
-        raise InputError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}. {remedy}") from error
-
-
-def _adaptable_layers(model: PreTrainedModel) -> list[str]:
-    """The names of linear layers that peft adapts. It is asked for each of them, on a copy without weights."""
-
-    def bare() -> PreTrainedModel:
-        with torch.device("meta"):
-            return type(model)(copy.deepcopy(model.config))
-
-    empty = bare()
-    head = empty.get_output_embeddings()
-    linear = [name for name, m in empty.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-    adaptable = []
-    for name in sorted({name.rpartition(".")[2] for name in linear}):
-        with contextlib.suppress(ValueError):
-            get_peft_model(bare(), LoraConfig(task_type="CAUSAL_LM", target_modules=[name]))
-            adaptable.append(name)
-    return adaptable
+        raise InputError(
+            f"--lora_target_modules {' '.join(targets)}: {first_line(error)}. Give some of the model's linear layers: "
+            f"{' '.join(sorted({name.rpartition('.')[2] for name in linear}))}."
+        ) from error
 
 
 def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -146,27 +146,17 @@ class TrainingArguments(HfTrainingArguments):
         """Makes the schedule of the learning rate on nothing: what is wrong with its settings shows now."""
         kind, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs or {}
         steps = self.max_steps if self.max_steps > 0 else 1000
-        parameters = dict(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
-        for given in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"):
-            parameters.pop(given, None)
-        takes_any = parameters.pop("kwargs", None) is not None  # it hands them on
-        needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-        unknown = [] if takes_any else [name for name in settings if name not in parameters]
-        missing = [name for name in needed if name not in settings]
-        reason = "; ".join([f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown])
-        if not reason:
-            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
-            try:
-                schedule = get_scheduler(kind, optimizer, self.get_warmup_steps(steps), steps, settings)
-                for factor in getattr(schedule, "lr_lambdas", []):
-                    factor(steps - 1)
-            except (TypeError, ValueError, ArithmeticError) as error:
-                reason = first_line(error)
-        takes = f" The settings of {kind.value}: {', '.join(parameters)}." if parameters else ""
-        if reason:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        try:
+            inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).bind_partial(optimizer, **settings)  # some are ignored
+            schedule = get_scheduler(kind, optimizer, self.get_warmup_steps(steps), steps, settings)
+            for factor in getattr(schedule, "lr_lambdas", []):
+                factor(steps - 1)
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(
-                f"--lr_scheduler_type {kind.value} with --lr_scheduler_kwargs {json.dumps(settings)}: {reason}.{takes}"
-            )
+                f"--lr_scheduler_type {kind.value} with --lr_scheduler_kwargs {json.dumps(settings)}: "
+                f"{first_line(error)}."
+            ) from None
 
     def _check_devices(self) -> None:
         """Raises ValueError where the processes and devices are not what the flags and the launcher seem to mean."""

@@ -1,12 +1,20 @@
 """Models, mappers and data that the end-to-end tests share, made once a session."""
 
+import importlib
+import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
+from transformers import AutoTokenizer
 
-from tests.end_to_end.rig import dolly_file, remove_shared_memory, run_script, tiny_llama
-from tests.unit.tokenizer_zoo import load_real
+from get_vocab_mapper.builders import BUILDERS
+from get_vocab_mapper.mapper_file import save_mapper
+from get_vocab_mapper.token_forms import token_forms
+from tests.end_to_end.rig import dolly_file, remove_shared_memory, run_script, tiny_llama, training_flags
+from tests.unit.tokenizer_zoo import byte_level_bpe, load_real, sentencepiece_bpe
 
 
 def make_pair(folder: Path, teacher: tuple[str, int], student: tuple[str, int]) -> SimpleNamespace:
@@ -20,6 +28,45 @@ def make_pair(folder: Path, teacher: tuple[str, int], student: tuple[str, int]) 
         *("--teacher", str(paths["teacher"]), "--student", str(paths["student"]), "--output", str(mapper)),
     )
     return SimpleNamespace(**paths, mapper=mapper)
+
+
+@pytest.fixture(scope="session")
+def small_pair(tmp_path_factory):
+    """Small models of two small tokenizers: a teacher, a student, a teacher `same` with the student's, and mappers."""
+    folder = tmp_path_factory.mktemp("a small pair")
+    teacher, student = sentencepiece_bpe(), byte_level_bpe()
+    paths = {
+        name: tiny_llama(folder / name, tokenizer, len(tokenizer) + padding, layers=1, seed=seed)
+        for seed, (name, tokenizer, padding) in enumerate(
+            [("student", student, 5), ("teacher", teacher, 7), ("same", student, 9)], 1
+        )
+    }
+    forms = [token_forms(AutoTokenizer.from_pretrained(paths[side])) for side in ("teacher", "student")]
+    for kind in BUILDERS:
+        paths[kind] = folder / f"{kind}.safetensors"
+        save_mapper(BUILDERS[kind](*forms, progress=False), paths[kind])
+    return SimpleNamespace(**paths)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path_factory):
+    """`main(method, flag=value, …)` runs the main of `run_clm_METHOD.py` in this process: `status` and `stderr`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def main(method, **arguments):
+        script, status = importlib.import_module(f"modeling.run_clm_{method}"), 0
+        words = training_flags(**{"save_strategy": "no", **arguments})
+        monkeypatch.setattr(sys, "argv", [f"run_clm_{method}.py", *words])
+        capsys.readouterr()
+        try:
+            script.main()
+        except SystemExit as end:
+            status = end.code
+        return SimpleNamespace(status=status, stderr=capsys.readouterr().err, method=method)
+
+    yield main
+    logging.root.handlers[:], logging.root.level = handlers, level
 
 
 @pytest.fixture(autouse=True)

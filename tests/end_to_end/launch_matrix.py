@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.end_to_end.rig import ROOT, dolly_file, environment, flags, launcher, run_script, steps, tiny_llama
+from tests.end_to_end.rig import ROOT, dolly_file, environment, launcher, run_script, steps, tiny_llama, training_flags
 from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
 
 SCRIPTS = {
@@ -78,17 +78,12 @@ class Bench:
             "model_name_or_path": self.folder / "student",
             "train_file": self.train,
             "output_dir": output,
-            "do_train": True,
-            "use_cpu": True,
             "block_size": 256,
             "max_steps": STEPS,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": ROWS_A_STEP // 4 // ranks,
             "save_steps": 2,
-            "logging_steps": 1,
             "learning_rate": 1e-3,
-            "report_to": "none",
-            "disable_tqdm": True,
         }
         if script in ("FKD", "RKD"):
             arguments["teacher_path"] = self.folder / "same tokenizer"
@@ -99,7 +94,7 @@ class Bench:
         if way.startswith("ZeRO"):
             arguments["deepspeed"] = self.folder / f"zero{way[-1]}.json"
         launch = launcher(ranks, deepspeed=way.startswith("ZeRO"))
-        return [*launch, str(ROOT / "modeling" / SCRIPTS[script]), *flags(**arguments)]
+        return [*launch, str(ROOT / "modeling" / SCRIPTS[script]), *training_flags(**arguments)]
 
 
 def run(command: list[str], kill_at: Path | None = None) -> None:

@@ -64,6 +64,20 @@ def dolly_file(path: Path, rows: range, shorter_than: int = 10**9) -> Path:
     return path
 
 
+def response_of(model, tokenizer, row: dict) -> tuple[list[int], torch.Tensor]:
+    """`(tokens, logits)` of a row's response, EOS included, from the model's own forward on that row alone.
+
+    The logits are float64 [R, V]: row j predicts token j. A first token that nothing predicts is left out.
+    """
+    encoding = tokenizer(row["prefix"] + row["text"], return_offsets_mapping=True)
+    ids = [*encoding["input_ids"], tokenizer.eos_token_id]
+    start = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(row["prefix"]))
+    start = max(start, 1)
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids])).logits[0, start - 1 : -1, : len(tokenizer)]
+    return ids[start:], logits.double()
+
+
 def environment(**extra: str) -> dict[str, str]:
     """Without the variables of a launcher, and with one thread a process: two ranks must not fight over two cores.
 
@@ -110,8 +124,14 @@ def launcher(ranks: int = 1, deepspeed: bool = False) -> list[str]:
 
 def flags(**arguments) -> list[str]:
     """A command line; None leaves a flag out."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    given = {name: value if isinstance(value, list) else [value] for name, value in arguments.items()}
+    return [str(word) for name, values in given.items() if values != [None] for word in (f"--{name}", *values)]
+
+
+def training_flags(**arguments) -> list[str]:
+    """Those of a training on the CPU that logs every step."""
+    common = {"do_train": True, "use_cpu": True, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+    return flags(**{**common, **arguments})
 
 
 def run_script(script: str, *arguments: str, launch: list[str] | None = None, fails: bool = False, **env: str):
@@ -123,7 +143,7 @@ def run_script(script: str, *arguments: str, launch: list[str] | None = None, fa
 
 
 def in_a_fork(action: Callable[[], None], seconds: int = 300) -> SimpleNamespace:
-    """`status` (negative: the signal that ended it), `output` and `peak` (bytes of memory) of the action, in a fork.
+    """`status` (negative: the signal that ended it) and `output` of the action, in a fork.
 
     The fork has done the heavy imports, may be killed at any point, and leaves no trace in this process.
     """
@@ -147,16 +167,14 @@ def in_a_fork(action: Callable[[], None], seconds: int = 300) -> SimpleNamespace
             finally:
                 os._exit(status)
         until = time.monotonic() + seconds
-        while (ended := os.wait4(child, os.WNOHANG))[0] == 0:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             if time.monotonic() > until:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 raise TimeoutError(f"still at work after {seconds} s")
             time.sleep(0.02)
         output.seek(0)
-        return SimpleNamespace(
-            status=os.waitstatus_to_exitcode(ended[1]), output=output.read(), peak=1024 * ended[2].ru_maxrss
-        )
+        return SimpleNamespace(status=os.waitstatus_to_exitcode(ended[1]), output=output.read())
 
 
 def log_history(folder: Path) -> list[dict]:

@@ -4,24 +4,19 @@ A script's own `main` runs in this process; the trained model's logits are noted
 """
 
 import json
-import logging
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from modeling import run_clm_llms_fkd, run_clm_sft
 from modeling.models.language_model import LanguageModel
 from tests.end_to_end.rig import ROOT, steps, tiny_llama
 from tests.unit.tokenizer_zoo import byte_level_bpe
 
-MAIN = {"sft": run_clm_sft.main, "fkd": run_clm_llms_fkd.main}
 N_TOKENS = {"tied": 400, "untied": 400, "longer": 403}
 ROWS = [
     {"prefix": "Say: ", "text": "The quick fox jumps."},
@@ -63,10 +58,8 @@ def assert_same(got, expected, atol=1e-4):
 
 
 @pytest.fixture
-def train(models, folder, tmp_path, monkeypatch, capsys):
+def train(main, models, folder, tmp_path, monkeypatch):
     """`train(output, method, flag=value, …)`: exit status, stderr, and logits when training began and ended."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-    handlers, level = logging.root.handlers[:], logging.root.level
     noted = []
     begin, whole = Trainer._inner_training_loop, Trainer.train
 
@@ -87,34 +80,19 @@ def train(models, folder, tmp_path, monkeypatch, capsys):
             "train_file": folder / "rows.jsonl",
             "validation_file": folder / "rows.jsonl",
             "output_dir": tmp_path / output,
-            "do_train": True,
             "do_eval": True,
-            "use_cpu": True,
             "block_size": 64,
             "max_steps": 3,
             "per_device_train_batch_size": 2,
             "learning_rate": 3e-2,
             "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
         }
-        words = [(f"--{n}", *(v if isinstance(v, list) else [v])) for n, v in {**given, **changes}.items()]
-        monkeypatch.setattr(sys, "argv", [f"{method}.py", *(str(word) for pair in words for word in pair)])
         noted.clear()
-        capsys.readouterr()
-        status = 0
-        try:
-            MAIN[method]()
-        except SystemExit as ended:
-            status = ended.code
+        run = main(method, **{**given, **changes})
         begun, trained = noted if len(noted) == 2 else (None, None)
-        said = capsys.readouterr().err
-        return SimpleNamespace(status=status, stderr=said, folder=tmp_path / output, begun=begun, trained=trained)
+        return SimpleNamespace(**vars(run), folder=tmp_path / output, begun=begun, trained=trained)
 
-    yield train
-    logging.root.handlers[:], logging.root.level = handlers, level
+    return train
 
 
 def loaded(path: Path, merge: bool = True):
@@ -289,10 +267,10 @@ def test_an_adapter_teaches_as_it_was_trained(train, models, first, model, tmp_p
     teacher = first(model, lora_target_modules=["q_proj", "embed_tokens"]).folder
     same = {"model_name_or_path": teacher, "teacher_path": teacher, "max_steps": 1, "kd_alpha": 0}
     for settings in ({}, {"use_lora": True, "logits_chunk": 3, "teacher_cache": tmp_path / "cache"}):
-        run = train("same", "fkd", **same, **settings)
+        run = train("same", "llms_fkd", **same, **settings)
         assert run.status == 0, run.stderr
         assert steps(run.folder)[0]["kd_loss"] == pytest.approx(0, abs=1e-6)
-    run = train("base", "fkd", **{**same, "model_name_or_path": models[model]})
+    run = train("base", "llms_fkd", **{**same, "model_name_or_path": models[model]})
     assert steps(run.folder)[0]["kd_loss"] > 1e-2
 
 

@@ -1,9 +1,5 @@
 """The page of script_eval/show_alignment.py in a headless Chromium: what stands on it, and what pointing at it shows.
 
-The picture in script_eval/README.md is made anew, from the models of a finished quickstart, with
-
-    CDM_QUICKSTART=outputs/quickstart bash tests/run_tests.sh tests/end_to_end/test_alignment_page.py -k picture
-
 CDM_CHROMIUM names a Chromium or Chrome that is not on the PATH. Without any, these tests are skipped, or fail where
 CDM_REQUIRE_BROWSER is 1.
 """
@@ -22,21 +18,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from playwright.sync_api import sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from get_vocab_mapper.builders import build_em
 from get_vocab_mapper.mapper_file import read_mapper, save_mapper
 from get_vocab_mapper.token_forms import token_forms
-from tests.end_to_end.rig import ROOT, real_llama
+from tests.end_to_end import oracle
+from tests.end_to_end.oracle import SIDES
+from tests.end_to_end.rig import ROOT, real_llama, response_of
 from tests.reference import cdm_oracle
 
 sys.path.insert(0, str(ROOT / "script_eval"))  # its scripts import each other as scripts do
 import show_alignment
 
-SIDES = ("teacher", "student")
-PICTURE = ROOT / "modeling/figures/alignment_page.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -87,10 +82,10 @@ def opened(browser, path: Path, width: int = 1200, height: int = 760):
 
 
 def with_likely_tokens(folder: Path, ids: list[int], tokens: list[int]) -> None:
-    """Changes the saved model's head so that after all but the last of `ids` these tokens are the most probable."""
+    """Changes the saved model's head so that after `ids` these tokens are the most probable."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        hidden = model.model(torch.tensor([ids[:-1]])).last_hidden_state[0, -1]
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         highest = (model.lm_head.weight @ hidden).max()
         for rank, token in enumerate(tokens):
             model.lm_head.weight[token] = hidden / hidden.dot(hidden) * (highest + 0.3 * (1 + len(tokens) - rank))
@@ -123,16 +118,11 @@ def pair(tmp_path_factory) -> SimpleNamespace:
     mapper = dataclasses.replace(em, kind="mined", to_student=dataclasses.replace(em.to_student, static=static_map))
     save_mapper(mapper, folder / "mapper.safetensors")
 
-    ids, starts = {}, {}
+    likely = {"teacher": [similar, int(static), int(none)], "student": [its_similar, stands_for_it]}
     for side, tokenizer in tokenizers.items():
-        encoding = tokenizer(PREFIX + TEXT, return_offsets_mapping=True)
-        ids[side] = [*encoding["input_ids"], tokenizer.eos_token_id]
-        starts[side] = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(PREFIX))
-    with_likely_tokens(paths["teacher"], ids["teacher"], [similar, int(static), int(none)])
-    with_likely_tokens(paths["student"], ids["student"], [its_similar, stands_for_it])
+        with_likely_tokens(paths[side], tokenizer(PREFIX + TEXT)["input_ids"], likely[side])
     return SimpleNamespace(
-        **paths, folder=folder, forms=forms, mapper=folder / "mapper.safetensors", ids=ids, starts=starts,
-        n_tokens={side: len(tokenizer) for side, tokenizer in tokenizers.items()},
+        **paths, folder=folder, forms=forms, mapper=folder / "mapper.safetensors", tokenizers=tokenizers
     )  # fmt: skip
 
 
@@ -148,15 +138,12 @@ def page_file(pair) -> Path:
 @pytest.fixture(scope="module")
 def truth(pair) -> SimpleNamespace:
     """Everything that the page must say, from the models' own logits, straight from the definition."""
-    tokens = {side: pair.ids[side][pair.starts[side] :] for side in SIDES}
-    logits = {}
+    tokens, logits = {}, {}
     for side in SIDES:
-        model = AutoModelForCausalLM.from_pretrained(getattr(pair, side)).eval()
-        with torch.no_grad():
-            z = model(torch.tensor([pair.ids[side]])).logits[0]
-        logits[side] = z[pair.starts[side] - 1 : -1, : pair.n_tokens[side]].double()  # row j predicts token j
+        model = AutoModelForCausalLM.from_pretrained(getattr(pair, side))
+        tokens[side], logits[side] = response_of(model, pair.tokenizers[side], {"prefix": PREFIX, "text": TEXT})
     log_p = {side: z.log_softmax(-1) for side, z in logits.items()}
-    entropies = {side: (-p.exp() * p).sum(-1).tolist() for side, p in log_p.items()}
+    entropies = {side: oracle.entropies(logits[side]) for side in SIDES}
     weights = {side: cdm_oracle.weights(h) for side, h in entropies.items()}
     said = {side: [log_p[side][i, token].item() for i, token in enumerate(tokens[side])] for side in SIDES}
     n_bytes = len(TEXT.encode())
@@ -166,15 +153,7 @@ def truth(pair) -> SimpleNamespace:
     ends = {side: list(itertools.accumulate(sizes[side])) for side in SIDES}
     assert ends["teacher"][-1] == ends["student"][-1] == n_bytes + 1
 
-    cost = []
-    for i, t in enumerate(tokens["teacher"]):
-        cost.append([])
-        for j, s in enumerate(tokens["student"]):
-            a, b = (pair.forms[side].texts[token].replace(" ", "") for side, token in (("teacher", t), ("student", s)))
-            both_end = i == len(tokens["teacher"]) - 1 and j == len(tokens["student"]) - 1
-            distance = 0 if both_end else cdm_oracle.levenshtein(a, b)
-            cost[-1].append(distance * weights["teacher"][i] * weights["student"][j])
-    groups = {"dtw": cdm_oracle.cut_at_diagonals(cdm_oracle.dtw_path(cost)), "byte": []}
+    groups = {"dtw": oracle.dtw_groups(tokens, logits, pair.forms), "byte": []}
     borders = [0, *sorted(set(ends["teacher"]) & set(ends["student"]))]
     for start, end in itertools.pairwise(borders):
         groups["byte"].append(tuple([i for i, e in enumerate(ends[side]) if start < e <= end] for side in SIDES))
@@ -189,39 +168,8 @@ def truth(pair) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def mapped(pair, truth, group: tuple[list[int], list[int]], k: int = 100) -> SimpleNamespace:
-    """Both sides' candidates `(id, probability, match or None, kind)`, the teacher's mass, the pairs, and the KD."""
-    mapper = truth.mapper
-    z = {side: truth.logits[side][positions].mean(0) for side, positions in zip(SIDES, group)}
-    top = {side: z[side].topk(k).indices.tolist() for side in SIDES}
-    assert all(len(set(z[side][top[side]].tolist())) == k for side in SIDES)  # no equal logits, whose order is a choice
-    candidates, divergence = {}, 0.0
-    for side, other, direction in zip(SIDES, reversed(SIDES), (mapper.to_student, mapper.to_teacher)):
-        probabilities = z[side].softmax(-1)
-        candidates[side] = []
-        for token in top[side]:
-            match, kind = int(direction.static[token]), "static"
-            if match >= 0:
-                own, others = pair.forms[side], pair.forms[other]
-                same_role = any(own.roles.get(r) == token and others.roles.get(r) == match for r in own.roles)
-                if same_role or own.forms[token] == others.forms[match]:
-                    kind = "exact"
-            else:
-                near = dict(zip(*(part.tolist() for part in direction.row(token))))
-                match = min((o for o in top[other] if o in near), key=near.__getitem__, default=None)
-                kind = "none" if match is None else "similar"
-            candidates[side].append((token, probabilities[token].item(), match, kind))
-        found = [(token, match) for token, _, match, _ in candidates[side] if match is not None]
-        if found:
-            own_z, other_z = [z[side][t] for t, _ in found], [z[other][m] for _, m in found]
-            values = (own_z, other_z) if side == "teacher" else (other_z, own_z)
-            divergence += cdm_oracle.kl_over_pairs(*values, 1.0).item() / 2
-    return SimpleNamespace(
-        candidates=candidates,
-        mass=sum(p for _, p, match, _ in candidates["teacher"] if match is not None),
-        pairs=sum(match is not None for side in SIDES for _, _, match, _ in candidates[side]),
-        kd=divergence,
-    )
+def mapped(pair, truth, group: tuple[list[int], list[int]]) -> SimpleNamespace:
+    return oracle.mapped(truth.logits, pair.forms, truth.mapper, group)
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -412,28 +360,6 @@ def test_neighbouring_groups_differ_in_greyscale(browser, page_file):
     grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in colours]
     assert all(abs(a - b) >= 30 for a, b in itertools.pairwise(grey))
     page.close()
-
-
-def test_the_picture_of_the_readme(browser, request, tmp_path):
-    quickstart = os.environ.get("CDM_QUICKSTART")
-    if not quickstart:
-        source, picture = request.getfixturevalue("page_file"), tmp_path / "page.png"
-    else:
-        picture = PICTURE
-        source = make_page(
-            tmp_path / "page.html",
-            *("--teacher", f"{quickstart}/teacher", "--student", f"{quickstart}/cdm"),
-            *("--mapper", f"{quickstart}/em_mapper.safetensors", "--file", "data/code_tuning.sample.json", "--row", 19),
-        )
-    page = opened(browser, source, height=820)
-    page.locator("#dtw button").nth(1).hover()
-    page.screenshot(path=picture)
-    page.close()
-    with Image.open(picture) as made, Image.open(PICTURE) as committed:
-        assert made.size == committed.size == (1200, 820)
-        assert np.asarray(made.convert("L")).std() > 15  # not blank
-    assert PICTURE.stat().st_size < 200_000
-    assert f"(../{PICTURE.relative_to(ROOT)})" in (ROOT / "script_eval/README.md").read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- other ways to call

@@ -5,7 +5,6 @@ Each script's own `main` runs in this process, on small models with small tokeni
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,39 +23,23 @@ from transformers import (
     Qwen2Config,
 )
 
-from get_vocab_mapper.builders import BUILDERS
 from get_vocab_mapper.mapper import VocabMapper
-from get_vocab_mapper.mapper_file import FORMAT_VERSION, save_mapper
-from get_vocab_mapper.token_forms import token_forms
-from modeling import (
-    run_clm_alm,
-    run_clm_bpm,
-    run_clm_distill_CDM,
-    run_clm_gold,
-    run_clm_llms_fkd,
-    run_clm_llms_rkd,
-    run_clm_MinED,
-    run_clm_sft,
-    run_clm_simct,
-    run_clm_strict,
-    run_clm_uld,
-)
 from modeling.models.language_model import LanguageModel
-from tests.end_to_end.rig import flags, launcher, run_script, steps, tiny_llama
+from tests.end_to_end.rig import launcher, run_script, steps, training_flags
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
-MAIN = {
-    "SFT": run_clm_sft.main,
-    "FKD": run_clm_llms_fkd.main,
-    "RKD": run_clm_llms_rkd.main,
-    "ULD": run_clm_uld.main,
-    "MinED": run_clm_MinED.main,
-    "CDM": run_clm_distill_CDM.main,
-    "Strict": run_clm_strict.main,
-    "BPM": run_clm_bpm.main,
-    "GOLD": run_clm_gold.main,
-    "SimCT": run_clm_simct.main,
-    "ALM": run_clm_alm.main,
+SCRIPTS = {
+    "SFT": "sft",
+    "FKD": "llms_fkd",
+    "RKD": "llms_rkd",
+    "ULD": "uld",
+    "MinED": "MinED",
+    "CDM": "distill_CDM",
+    "Strict": "strict",
+    "BPM": "bpm",
+    "GOLD": "gold",
+    "SimCT": "simct",
+    "ALM": "alm",
 }
 CONTEXT = 1024  # of the small models
 POISON = "Zürich"  # stands in one row alone, POISON_ROW
@@ -64,63 +47,37 @@ POISON_ROW = 4
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small pair")
-    teacher, student = sentencepiece_bpe(), byte_level_bpe()
-    paths = SimpleNamespace(
-        teacher=tiny_llama(folder / "teacher", teacher, len(teacher) + 3, hidden=16, layers=1, seed=1),
-        student=tiny_llama(folder / "student", student, len(student) + 5, hidden=16, layers=1, seed=2),
-        same=tiny_llama(folder / "same", student, len(student), hidden=16, layers=1, seed=3),
-        em=folder / "em.safetensors",
-        mined=folder / "mined.safetensors",
-        prefixem=folder / "prefixem.safetensors",
-        train=folder / "train.json",
-    )
-    forms = [token_forms(tokenizer) for tokenizer in (teacher, student)]
-    for side, name in zip(forms, ("teacher", "student")):
-        object.__setattr__(side, "name", str(folder / name))
-    for kind in BUILDERS:
-        save_mapper(BUILDERS[kind](*forms, progress=False), folder / f"{kind}.safetensors")
+def rig(small_pair, tmp_path_factory):
+    """The small pair, and five rows, of which one alone has POISON in it."""
     texts = [text for text in SAMPLE_TEXTS if POISON not in text]
     rows = [{"prefix": f"Say {i}: ", "text": text} for i, text in enumerate(texts[:5], 1)]
     rows[POISON_ROW - 1]["prefix"] = f"Say it in {POISON}: "
-    paths.train.write_text(json.dumps(rows), encoding="utf-8")
-    return paths
+    train = tmp_path_factory.mktemp("rows") / "train.json"
+    train.write_text(json.dumps(rows), encoding="utf-8")
+    return SimpleNamespace(**vars(small_pair), train=train)
 
 
 @pytest.fixture
-def call(rig, monkeypatch, capsys, tmp_path):
+def call(rig, main, tmp_path):
     """`call(method, flag=value, …)` runs the script's main; gives `(exit status, stderr)`. None leaves a flag out."""
 
-    def call(method, *words, **changes):
+    def call(method, **changes):
         arguments = {
             "model_name_or_path": rig.student,
             "train_file": rig.train,
             "output_dir": tmp_path / "out",
-            "do_train": True,
-            "use_cpu": True,
             "block_size": 128,
             "max_steps": 3,
             "per_device_train_batch_size": 2,
             "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
         }
         if method != "SFT":
             arguments["teacher_path"] = rig.same if method in ("FKD", "RKD") else rig.teacher
         mapper = {"MinED": rig.mined, "BPM": rig.prefixem} | dict.fromkeys(("CDM", "Strict", "GOLD", "SimCT"), rig.em)
         if method in mapper:
             arguments["teacher_to_student_id_mapping"] = mapper[method]
-        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(**{**arguments, **changes}), *words])
-        capsys.readouterr()
-        status = 0
-        try:
-            MAIN[method]()
-        except SystemExit as end:
-            status = end.code
-        return status, capsys.readouterr().err
+        run = main(SCRIPTS[method], **{**arguments, **changes})
+        return run.status, run.stderr
 
     return call
 
@@ -132,11 +89,11 @@ def refused(call, monkeypatch):
     def no_weights(*_, **__):
         raise AssertionError("weights were read")
 
-    def refused(method, *words, **changes):
+    def refused(method, **changes):
         with monkeypatch.context() as patched:
             patched.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
-            status, said = call(method, *words, **changes)
-        start = f"{method}.py: error: "
+            status, said = call(method, **changes)
+        start = f"run_clm_{SCRIPTS[method]}.py: error: "
         lines = [line for line in said.splitlines() if line.startswith(start)]
         assert status == 2 and len(lines) == 1 and "Traceback" not in said
         return lines[0].removeprefix(start)
@@ -147,71 +104,48 @@ def refused(call, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- mappers
 
 
+def newer(rig, path):
+    save_file({"a": torch.zeros(1)}, path, {"format": "cdm-vocab-mapper", "format_version": "99"})
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda rig, path: None, "There is no vocabulary mapper at"),
+        (lambda rig, path: path.write_bytes(rig.em.read_bytes()[:-1]), "is damaged"),
+        (lambda rig, path: shutil.copy(rig.student / "model.safetensors", path), "but no vocabulary mapper"),
+        (newer, "version '99'"),
+        (lambda rig, path: path.with_suffix(".json").write_text('{"0": 100000}'), "'0': 100000 is no pair of ids"),
+    ],
+)
 @pytest.mark.parametrize("method", ["CDM", "MinED"])
-class TestMappers:
-    FLAG = "--teacher_to_student_id_mapping: "
+def test_a_mapper_that_cannot_be_used(rig, refused, method, write, reason, tmp_path):
+    """What `tests/unit/test_vocab_mapper.py` holds the files to, through the flag: file, reason, and what to do."""
+    path = tmp_path / "some.safetensors"
+    write(rig, path)
+    (path,) = list(tmp_path.glob("some*")) or [path]
+    message = refused(method, teacher_to_student_id_mapping=path)
+    assert message.startswith("--teacher_to_student_id_mapping: ") and reason in message
+    script = "get_MinED_mapper.py" if method == "MinED" and "no vocabulary mapper at" in reason else "get_"
+    assert str(path) in message and f"python get_vocab_mapper/{script}" in message and f"'{rig.teacher}'" in message
 
-    def refuse(self, refused, method, path, **changes):
-        message = refused(method, teacher_to_student_id_mapping=path, **changes)
-        assert message.startswith(f"{self.FLAG}{path} ") or str(path) in message
-        return message
 
-    def command(self, rig, method, output):
-        script = "get_MinED_mapper.py" if method == "MinED" else "get_em_mapper.py"
-        words = (f"--teacher '{rig.teacher}'", f"--student '{rig.student}'", f"--output {output}")
-        return f"python get_vocab_mapper/{script} {' '.join(words)}"
+@pytest.mark.parametrize("method", ["CDM", "MinED"])
+def test_a_mapper_of_another_pair_and_exchanged_sides(rig, refused, method):
+    message = refused(method, teacher_path=rig.same)
+    for part in (f"'{rig.teacher}' (", f"'{rig.student}' (", f"the teacher is '{rig.same}' ("):
+        assert part in message
+    message = refused(method, teacher_path=rig.student, model_name_or_path=rig.teacher)
+    assert "have changed places here. Exchange the two models" in message
 
-    def test_missing(self, rig, refused, method, tmp_path):
-        path = tmp_path / "none.safetensors"
-        message = self.refuse(refused, method, path)
-        command = self.command(rig, method, path)
-        assert message == f"{self.FLAG}There is no vocabulary mapper at {path}. Build it: {command}"
 
-    def test_for_another_pair_and_for_exchanged_sides(self, rig, refused, method):
-        path = rig.em if method == "CDM" else rig.mined
-        message = self.refuse(refused, method, path, teacher_path=rig.same)
-        for part in (f"'{rig.teacher}' (", f"'{rig.student}' (", f"the teacher is '{rig.same}' ("):
-            assert part in message
-        message = self.refuse(refused, method, path, teacher_path=rig.student, model_name_or_path=rig.teacher)
-        assert "have changed places here. Exchange the two models" in message
-
-    def test_truncated_and_corrupted(self, rig, refused, method, tmp_path):
-        path = tmp_path / "damaged.safetensors"
-        content = (rig.em if method == "CDM" else rig.mined).read_bytes()
-        flipped = bytearray(content)
-        flipped[-5] ^= 1  # in the data, where every value is a possible one
-        for damaged in (content[:-1], content[:100], flipped):
-            path.write_bytes(damaged)
-            message = self.refuse(refused, method, path)
-            assert "is damaged" in message and message.endswith(f"Build it again: {self.command(rig, method, path)}")
-
-    def test_a_model_and_a_newer_format(self, rig, refused, method, tmp_path):
-        message = self.refuse(refused, method, rig.student / "model.safetensors")
-        assert "is a safetensors file, but no vocabulary mapper (its first tensor is '" in message
-        path = tmp_path / "newer.safetensors"
-        save_file({"a": torch.zeros(1)}, path, {"format": "cdm-vocab-mapper", "format_version": "99"})
-        message = self.refuse(refused, method, path)
-        assert f"version '99', and this code reads {FORMAT_VERSION}. Update the code, or build it again" in message
-
-    def test_published_files(self, refused, method, tmp_path):
-        path = tmp_path / "published.json"
-        for content, part in (
-            ('{"0": 1, "0": 2}', "the key '0' stands there 2 times"),
-            ('{"0": 100000}', "'0': 100000 is no pair of ids"),
-            ('{"0": -7}', "'0': -7 is no pair of ids"),
-            ('{"0": 1.5}', "'0': 1.5 is no pair of ids"),
-            ("[1]", "holds a JSON list"),
-            ('{"0": 0}', "maps no token of"),
-        ):
-            path.write_text(content)
-            assert part in self.refuse(refused, method, path)
-
-    def test_a_published_file_with_missing_ids_is_taken(self, call, method, tmp_path):
-        path = tmp_path / "published.json"
-        path.write_text('{"300": 30, "301": 31}')
-        with pytest.warns(UserWarning, match=r"It leaves out \d+ of the \d+ teacher ids, the first of them 0;"):
-            status, _ = call(method, teacher_to_student_id_mapping=path, max_steps=1)
-        assert status == 0
+@pytest.mark.parametrize("method", ["CDM", "MinED"])
+def test_a_published_file_with_missing_ids_is_taken(call, method, tmp_path):
+    path = tmp_path / "published.json"
+    path.write_text('{"300": 30, "301": 31}')
+    with pytest.warns(UserWarning, match=r"It leaves out \d+ of the \d+ teacher ids, the first of them 0;"):
+        status, _ = call(method, teacher_to_student_id_mapping=path, max_steps=1)
+    assert status == 0
 
 
 def test_a_threshold_above_the_mappers(rig, refused):
@@ -269,7 +203,7 @@ def test_a_second_teacher_with_another_tokenizer(rig, refused):
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_every_script_ends_with_one_message(refused, method):
     """What `tests/unit/test_arguments.py` holds `parse_arguments` to, through each script."""
     temperature = [({"kd_temperature": "nan"}, "--kd_temperature is nan: give a finite number above 0.")]
@@ -320,19 +254,19 @@ def test_layers_that_can_be_adapted_are_named(rig, call, tmp_path):
     mamba = MambaForCausalLM(MambaConfig(**sizes, eos_token_id=tokenizer.eos_token_id))
     mamba.save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")
-    llama = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
-    for student, wish, layers in (
-        (tmp_path / "mamba", "all-linear", "dt_proj in_proj x_proj"),
-        (rig.student, "c_attn", llama),
+    for student, wish, layers, refused in (
+        (tmp_path / "mamba", "all-linear", "dt_proj in_proj out_proj x_proj", "out_proj"),
+        (rig.student, "c_attn", "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj", ""),
     ):
         lora = {"model_name_or_path": student, "use_lora": True, "max_steps": 1}
         status, said = call("SFT", **lora, lora_target_modules=wish)
-        assert status == 2 and f"SFT.py: error: --lora_target_modules {wish}: " in said
-        assert said.endswith(f"that can be adapted: --lora_target_modules {layers}\n")
-        assert call("SFT", "--lora_target_modules", *layers.split(), **lora)[0] == 0
+        assert status == 2 and f"run_clm_sft.py: error: --lora_target_modules {wish}: " in said
+        assert refused in said and said.endswith(f"linear layers: {layers}.\n")
+        named = [name for name in layers.split() if name != refused]
+        assert call("SFT", **lora, lora_target_modules=named)[0] == 0
 
 
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_the_metrics_that_an_evaluation_gives_are_known_before_it(rig, refused, call, method, tmp_path):
     best = {"do_eval": True, "validation_file": rig.train, "metric_for_best_model": "rougeL"}
     if method == "CDM":
@@ -347,7 +281,7 @@ def test_the_metrics_that_an_evaluation_gives_are_known_before_it(rig, refused, 
     assert {f"eval_{name}" for name in known} == {key for key in given if key.startswith("eval_")} - {*about_time}
 
 
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_examples_longer_than_a_model_reads(rig, refused, method):
     message = refused(method, block_size=CONTEXT + 1)
     assert message == (
@@ -437,7 +371,7 @@ def poisoned(source, folder):
     return folder
 
 
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_a_nan_stops_with_the_row_and_nothing_is_saved_after_it(rig, call, tmp_path, method):
     """Rows 1 and 2 make step 1; rows 3 and 4 step 2, in which the teacher (of SFT, the model) has a NaN."""
     source = rig.student if method == "SFT" else rig.same if method in ("FKD", "RKD") else rig.teacher
@@ -445,7 +379,7 @@ def test_a_nan_stops_with_the_row_and_nothing_is_saved_after_it(rig, call, tmp_p
     changes = {flag: poisoned(source, tmp_path / source.name), "save_strategy": "steps", "save_steps": 1}
     status, said = call(method, **changes, save_only_model=True)
     what = "the student's cross-entropy is NaN or infinite" if method == "SFT" else "the teacher's logits hold a NaN"
-    message = f"{method}.py: error: In step 2, rank 0, row {POISON_ROW} of --train_file: {what}"
+    message = f"run_clm_{SCRIPTS[method]}.py: error: In step 2, rank 0, row {POISON_ROW} of --train_file: {what}"
     assert status == 2 and message in said and "Traceback" not in said
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["checkpoint-1"]
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -479,19 +413,16 @@ def test_two_ranks_that_look_when_they_save(rig, tmp_path):
     """As on accelerators. The NaN is in rank 1's half of step 2, and step 3 saves: no rank does."""
     script = tmp_path / "deferred.py"
     script.write_text(DEFERRED)
-    arguments = flags(
+    arguments = training_flags(
         model_name_or_path=poisoned(rig.student, tmp_path / "student"),
         train_file=rig.train,
         output_dir=tmp_path / "out",
-        do_train=True,
-        use_cpu=True,
         block_size=128,
         num_train_epochs=2,
         per_device_train_batch_size=1,
         train_sampling_strategy="sequential",
         save_steps=3,
-        report_to="none",
-        disable_tqdm=True,
+        logging_steps=10,
     )
     done = run_script(str(script), *arguments, launch=launcher(2), fails=True)
     message = f"deferred.py: error: In step 2, rank 1, row {POISON_ROW} of --train_file: the student's cross-entropy"

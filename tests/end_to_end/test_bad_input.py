@@ -3,21 +3,16 @@
 Every case goes through a script's own `main`, in this process where no launcher is needed.
 """
 
-import importlib
 import json
-import logging
-import pickle
+import os
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import pytest
-import torch
 import transformers
 from huggingface_hub.utils import _http, httpx
 from safetensors.torch import load_file, save_file
@@ -39,7 +34,7 @@ from get_vocab_mapper.token_forms import token_forms
 from modeling.errors import InputError
 from modeling.text.encoder import Encoder, encode_pair
 from modeling.training.datasets import list_faults
-from tests.end_to_end.rig import ROOT, flags, launcher, run_script, steps, tiny_llama
+from tests.end_to_end.rig import flags, launcher, response_of, run_script, steps, tiny_llama
 from tests.unit.tokenizer_zoo import byte_level_bpe, load_real, sentencepiece_bpe, wordpiece
 
 ROWS = [
@@ -61,44 +56,22 @@ def model(folder):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys, tmp_path, folder):
+def script(main, tmp_path):
     """Runs a script's main in this process and returns how it ended: `status`, `stderr` and `output`, its folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-    handlers, level = logging.root.handlers[:], logging.root.level
 
     def run(name="sft", **arguments):
         output = tmp_path / "out"
         shutil.rmtree(output, ignore_errors=True)
-        common = {
-            "output_dir": output,
-            "do_train": True,
-            "use_cpu": True,
-            "block_size": 64,
-            "max_steps": 1,
-            "per_device_train_batch_size": 32,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        monkeypatch.setattr(sys, "argv", [str(ROOT / f"modeling/run_clm_{name}.py"), *flags(**{**common, **arguments})])
-        main = importlib.import_module(f"modeling.run_clm_{name}").main
-        status = 0
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        return SimpleNamespace(status=status, stderr=capsys.readouterr().err, output=output, name=name)
+        common = {"output_dir": output, "block_size": 64, "max_steps": 1, "per_device_train_batch_size": 32}
+        return SimpleNamespace(**vars(main(name, **{**common, **arguments})), output=output)
 
-    yield run
-    logging.root.handlers[:], logging.root.level = handlers, level
+    return run
 
 
 def message_of(run) -> str:
     """The one message of a script that refused its input; nothing else may be left of the run."""
     assert run.status == 2, run.stderr
-    _, mark, message = run.stderr.partition(f"run_clm_{run.name}.py: error: ")
+    _, mark, message = run.stderr.partition(f"run_clm_{run.method}.py: error: ")
     assert mark and "Traceback" not in run.stderr, run.stderr
     assert not run.output.exists()
     return message
@@ -121,15 +94,11 @@ def train_file(folder):
 
 def expected_ce(folder: Path, rows: list[dict]) -> float:
     """The mean CE over the response tokens of all rows, each alone, EOS included: straight from the definition."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     losses = []
     for row in rows:
-        encoding = tokenizer(row["prefix"] + row["text"], return_offsets_mapping=True)
-        ids = [*encoding["input_ids"], tokenizer.eos_token_id]
-        start = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(row["prefix"]))
-        with torch.no_grad():
-            log_p = model(torch.tensor([ids])).logits[0, :, : len(tokenizer)].double().log_softmax(-1)
-        losses += [-log_p[i - 1, ids[i]].item() for i in range(max(start, 1), len(ids))]
+        ids, logits = response_of(model, tokenizer, row)
+        losses += (-logits.log_softmax(-1)[range(len(ids)), ids]).tolist()
     return sum(losses) / len(losses)
 
 
@@ -141,22 +110,13 @@ LINE = json.dumps(ROWS[0])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the file is empty. Was it written or copied to its end?"),
         (" \r\n\n", "it has no rows. Was it written or copied to its end?"),
-        ("[]", "it has no rows. Was it written or copied to its end?"),
-        ("prefix,text\nSay,yes\n", ", column 1). Repair or delete the line"),
         (f'{LINE}\n{{"prefix": "a", "te\n{LINE}\n', "line 2: not valid JSON ("),
-        (f"{LINE},\n{LINE},\n", "line 1: not valid JSON ("),
-        (f"{LINE},\n{LINE},\n", "Leave out the comma behind the object: the file must be one JSON array, or hold one"),
-        (f"[{LINE},\n{LINE[:30]}", ", column 29). The file ends too early: copy it again."),
-        (json.dumps({"data": ROWS}, indent=1), "line 1: not valid JSON ("),
         (LINE.encode() + b'\n{"prefix": "caf\xe9"}', f"byte {len(LINE) + 16}: not UTF-8 (in line 2). Convert the"),
-        (LINE.encode("utf-16"), "byte 0: not UTF-8 (in line 1). Convert the file, for example with iconv -f UTF-16"),
-        (b"PAR1\x15\x04\x15", "not a complete Parquet file"),
-        (b"\x1f\x8b\x08\x00\x00", "not a complete gzip file"),
     ],
 )
 def test_a_file_that_cannot_be_read(script, model, tmp_path, content, message):
+    """What `tests/unit/test_data_files.py` holds `read_rows` to, through a script."""
     path = write(tmp_path / "some rows.json", content)
     told = message_of(script(model_name_or_path=model, train_file=path))
     assert str(path) in told and message in told and told.count("\n") == 1
@@ -279,127 +239,72 @@ def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-class Trap:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
+def with_roles(tokenizer, **roles):
+    for role, token in roles.items():
+        setattr(tokenizer, role, token)
+    return tokenizer
 
 
-def no_weights(model, folder):
-    copy_of(model, folder, "model.safetensors")
+def of_class(kind: type, config: transformers.PreTrainedConfig):
+    """Saves a random model of this kind."""
+    return lambda model, folder: kind(config).save_pretrained(folder)
 
 
-def in_gguf(model, folder):
-    (copy_of(model, folder, "model.safetensors") / "model-q4_k_m.gguf").touch()
-
-
-def gguf_alone(model, folder):
-    folder.mkdir()
-    (folder / "model-q4_k_m.gguf").touch()
-
-
-def no_config(model, folder):
-    copy_of(model, folder, "config.json")
-
-
-def no_tokenizer(model, folder):
-    copy_of(model, folder, "tokenizer.json", "tokenizer_config.json")
-
-
-def weights_alone(model, folder):
-    folder.mkdir()
-    shutil.copy(model / "model.safetensors", folder)
-
-
-def checkpoints_alone(model, folder):
-    copy_of(model, folder / "checkpoint-20")
-
-
-def half_of_the_weights(model, folder):
-    path = copy_of(model, folder) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-
-
-def a_pointer(model, folder):
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    (copy_of(model, folder) / "model.safetensors").write_text(pointer)
-
-
-def broken_config(model, folder):
-    (copy_of(model, folder) / "config.json").write_text('{"model_type": "llama",')
-
-
-def broken_tokenizer(model, folder):
-    (copy_of(model, folder) / "tokenizer.json").write_text('{"version": "1.0", "model": {')
-
-
-def of_an_unknown_kind(model, folder):
-    change_json(copy_of(model, folder) / "config.json", model_type="llama9")
-
-
-def an_encoder_decoder(model, folder):
-    copy_of(model, folder)
-    sizes = {"vocab_size": 400, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(folder)
-
-
-def an_encoder(model, folder):
-    copy_of(model, folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertLMHeadModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(folder)
-
-
-def without_a_head(model, folder):
-    copy_of(model, folder)
-    LlamaModel.from_pretrained(model).save_pretrained(folder)
-
-
-def of_another_size(model, folder):
-    change_json(copy_of(model, folder) / "config.json", vocab_size=420)
-
-
-def with_a_slow_tokenizer(model, folder):
-    copy_of(model, folder, "tokenizer.json", "tokenizer_config.json")
-    ByT5Tokenizer().save_pretrained(folder)
+def cut_weights(model, folder):
+    os.truncate(folder / "model.safetensors", 5000)
 
 
 def without_eos(model, folder):
-    tokenizer = byte_level_bpe()
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(copy_of(model, folder))
+    with_roles(byte_level_bpe(), eos_token=None).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (Path.mkdir, ": the folder has no config.json, so it is no model's: it holds nothing. Give the folder"),
-        (no_weights, ": the folder has no weights (no .safetensors file). Was it copied whole?"),
-        (in_gguf, ": its weights are in GGUF (model-q4_k_m.gguf)"),
-        (gguf_alone, ": its weights are in GGUF (model-q4_k_m.gguf)"),
-        (no_config, ": the folder has no config.json, so it is no model's: it holds generation_config.json, mod"),
-        (no_tokenizer, ": its tokenizer cannot be loaded: it has no tokenizer.json, and none can be made of what"),
-        (weights_alone, ": the folder has no config.json, so it is no model's: it holds model.safetensors. Give"),
-        (checkpoints_alone, "There is a model in its folder checkpoint-20."),
-        (half_of_the_weights, ": its weights cannot be loaded: a file is damaged, or no more than a pointer of Git"),
-        (a_pointer, ": its weights cannot be loaded: a file is damaged, or no more than a pointer of Git LFS"),
-        (broken_config, ": its configuration cannot be loaded: It looks like the config file at"),
-        (broken_tokenizer, ": its tokenizer cannot be loaded: a file is damaged, or no more than a pointer of Git LFS"),
-        (of_an_unknown_kind, ": its configuration cannot be loaded: The checkpoint you are trying to load"),
-        (an_encoder_decoder, " is an encoder-decoder (t5). Give a causal language model"),
-        (an_encoder, " is an encoder, which sees the token that it is to predict (bert). Give a causal language model"),
-        (without_a_head, ": 1 of the model's weights are not in its files, and would be random numbers: lm_head.weigh"),
-        (of_another_size, ": its weights cannot be loaded: they do not have the shapes that config.json says"),
-        (with_a_slow_tokenizer, "(ByT5Tokenizer) has no fast backend (no tokenizer.json), which says what its"),
-        (without_eos, "declares no EOS token, which every response ends with. Set eos_token in its tokenizer"),
-    ],
-)
-def test_a_model_that_cannot_be_used(script, model, train_file, tmp_path, make, message):
-    path = tmp_path / "a model"
-    make(*([path] if make is Path.mkdir else [model, path]))
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+ALL = (WEIGHTS, CONFIG, "generation_config.json", *TOKENIZER)
+GGUF = {"model-q4_k_m.gguf": ""}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+T5 = T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+BERT = BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+BAD_MODELS = [  # what is missing in a copy of a model; what is written to it; what is said
+    (ALL, {}, ": the folder has no config.json, so it is no model's: it holds nothing. Give the folder"),
+    ([WEIGHTS], {}, ": the folder has no weights (no .safetensors file). Was it copied whole?"),
+    ([WEIGHTS], GGUF, ": its weights are in GGUF (model-q4_k_m.gguf)"),
+    (ALL, GGUF, ": its weights are in GGUF (model-q4_k_m.gguf)"),
+    ([CONFIG], {}, ": the folder has no config.json, so it is no model's: it holds generation_config.json, mod"),
+    (TOKENIZER, {}, ": its tokenizer cannot be loaded: Couldn't instantiate the backend tokenizer"),
+    (ALL, {"checkpoint-20/config.json": "{}"}, "There is a model in its folder checkpoint-20."),
+    ([], cut_weights, ": its weights cannot be loaded: a file is damaged, or no more than a pointer of Git LFS"),
+    ([], {WEIGHTS: POINTER}, ": its weights cannot be loaded: a file is damaged, or no more than a pointer of Git LFS"),
+    ([], {CONFIG: '{"model_type": "llama",'}, ": its configuration cannot be loaded: It looks like the config file at"),
+    ([], {"tokenizer.json": '{"version": "1.0", "model": {'}, ": its tokenizer cannot be loaded: a file is damaged"),
+    ([], {CONFIG: '{"model_type": "llama9"}'}, ": its configuration cannot be loaded: The checkpoint you are trying"),
+    ([], of_class(T5ForConditionalGeneration, T5), " is an encoder-decoder (t5). Give a causal language model"),
+    ([], of_class(BertLMHeadModel, BERT), " is an encoder, which sees the token that it is to predict (bert)."),
+    (
+        *([], lambda model, folder: LlamaModel.from_pretrained(model).save_pretrained(folder)),
+        ": 1 of the model's weights are not in its files, and would be random numbers: lm_head.weight",
+    ),
+    (
+        *([], lambda model, folder: change_json(folder / CONFIG, vocab_size=420)),
+        ": its weights cannot be loaded: they do not have the shapes that config.json says",
+    ),
+    (
+        *(TOKENIZER, lambda model, folder: ByT5Tokenizer().save_pretrained(folder)),
+        "(ByT5Tokenizer) has no fast backend (no tokenizer.json), which says what its",
+    ),
+    ([], without_eos, "declares no EOS token, which every response ends with. Set eos_token in its tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("without", "change", "message"), BAD_MODELS)
+def test_a_model_that_cannot_be_used(script, model, train_file, tmp_path, without, change, message):
+    path = copy_of(model, tmp_path / "a model", *without)
+    if callable(change):
+        change(model, path)
+    else:
+        for name, content in change.items():
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(content)
     told = message_of(script(model_name_or_path=path, train_file=train_file))
     assert told.startswith(f"--model_name_or_path {path}") and message in told and told.count("\n") == 1
     # The same of a teacher, named by its own flag.
@@ -416,7 +321,8 @@ def test_a_folder_that_is_not_there(script, model, train_file, tmp_path):
 
 
 def test_gguf_is_told_how_to_convert(script, model, train_file, hub, tmp_path):
-    gguf_alone(model, tmp_path / "gguf")
+    copy_of(model, tmp_path / "gguf", *ALL)
+    (tmp_path / "gguf/model-q4_k_m.gguf").touch()
     for path in (tmp_path / "gguf", tmp_path / "gguf/model-q4_k_m.gguf"):
         told = message_of(script("uld", model_name_or_path=model, teacher_path=path, train_file=train_file))
         call = f'AutoModelForCausalLM.from_pretrained("{tmp_path}/gguf", gguf_file="model-q4_k_m.gguf").save_pretrain'
@@ -433,20 +339,6 @@ def test_code_that_needs_a_package_names_it(script, model, train_file, tmp_path)
     told = message_of(script(model_name_or_path=path, train_file=train_file, trust_remote_code=True))
     assert told.startswith(f"--model_name_or_path {path}: its configuration cannot be loaded: ")
     assert "a_package_that_nobody_has" in told
-
-
-def test_pickled_weights_are_not_opened(script, model, train_file, tmp_path):
-    path = copy_of(model, tmp_path / "pickled", "model.safetensors")
-    (path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    told = message_of(script(model_name_or_path=path, train_file=train_file))
-    assert "its weights are a pickle (pytorch_model.bin), and weights are read from safetensors files alone" in told
-    assert 'AutoModelForCausalLM.from_pretrained("FOLDER").save_pretrained("NEW_FOLDER")' in told
-    # Nor beside safetensors.
-    shutil.copy(model / "model.safetensors", path)
-    assert script(model_name_or_path=path, train_file=train_file).status == 0
-    assert not (tmp_path / "sprung").exists()
-    pickle.loads((path / "pytorch_model.bin").read_bytes())
-    assert (tmp_path / "sprung").exists()  # it would have
 
 
 OWN_CODE = """
@@ -516,36 +408,25 @@ def hub(monkeypatch, tmp_path):
     huggingface_hub.close_session()
 
 
-def test_a_gated_model(script, hub, train_file):
-    asked = hub(403, "GatedRepo")
-    told = message_of(script(model_name_or_path="some/gated-7B", train_file=train_file))
-    assert told == (
-        "--model_name_or_path some/gated-7B: the model is gated, and this account has no access to it. Ask for access "
-        "at https://huggingface.co/some/gated-7B, then log in with `hf auth login`, or set HF_TOKEN.\n"
-    )
-    assert len(asked) == 1
-
-
-def test_a_name_that_the_hub_does_not_know(script, model, hub, train_file):
-    asked = hub(401, "RepoNotFound")
-    told = message_of(script("uld", model_name_or_path=model, teacher_path="outputs/teacher", train_file=train_file))
-    assert told == (
-        "--teacher_path outputs/teacher: there is no such folder, and the hub has no model of this name that this "
-        "account may see. Check the spelling; for a private model log in with `hf auth login`, or set HF_TOKEN.\n"
-    )
-    assert len(asked) == 1
-
-
-def test_no_network(script, hub, train_file):
-    asked = hub(error=httpx.ConnectError("Name or service not known"))
-    began = time.monotonic()
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"status": 403, "code": "GatedRepo"}, ("is gated", "https://huggingface.co/some/model", "hf auth login")),
+        ({"status": 401, "code": "RepoNotFound"}, ("no such folder", "check the spelling", "hf auth login")),
+        (
+            {"error": httpx.ConnectError("Name or service not known")},
+            ("no such folder", "Name or service not known", "cache", "hf download some/model --local-dir"),
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give(script, model, hub, train_file, answer, words):
+    """It is asked once: transformers alone would ask for a minute and a half."""
+    asked = hub(**answer)
     told = message_of(script(model_name_or_path="some/model", train_file=train_file))
-    assert told == (
-        "--model_name_or_path some/model: there is no such folder, the hub cannot be reached (Name or service not "
-        "known), and the hub's cache has no copy. Check the path; or fetch the model where there is a network (hf "
-        "download some/model --local-dir FOLDER), and give that folder.\n"
-    )
-    assert len(asked) == 1 and time.monotonic() - began < 10  # transformers alone takes a minute and a half
+    assert told.startswith("--model_name_or_path some/model: ") and all(word in told for word in words)
+    assert len(asked) == 1 and told.count("\n") == 1
+    told = message_of(script("uld", model_name_or_path=model, teacher_path="some/model", train_file=train_file))
+    assert told.startswith("--teacher_path some/model: ")
 
 
 def test_offline(script, model, train_file, tmp_path, monkeypatch):
@@ -565,12 +446,6 @@ def test_offline(script, model, train_file, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- models that are odd
-
-
-def with_roles(tokenizer, **roles):
-    for role, token in roles.items():
-        setattr(tokenizer, role, token)
-    return tokenizer
 
 
 TOKENIZERS = {
@@ -699,5 +574,5 @@ def test_exit_status_and_one_message_of_several_processes(model, tmp_path):
     assert alone.returncode == 2 and message in alone.stderr and "Traceback" not in alone.stderr
     several = run_script(script, *flags(**arguments), launch=launcher(2), fails=True)
     assert several.stderr.count("run_clm_sft.py: error:") == several.stderr.count(message) == 1
-    assert "run_clm_sft.py\", line" not in several.stderr  # no traceback of a rank; torchrun prints one of its own
+    assert 'run_clm_sft.py", line' not in several.stderr  # no traceback of a rank; torchrun prints one of its own
     assert not (tmp_path / "out").exists()

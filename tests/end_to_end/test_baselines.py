@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from get_vocab_mapper.mapper_file import read_mapper
 from get_vocab_mapper.token_forms import token_forms
-from tests.end_to_end.rig import flags, run_script, steps, tiny_llama
+from tests.end_to_end.rig import flags, response_of, run_script, steps, tiny_llama, training_flags
 from tests.reference import baseline_oracles
 from tests.unit.tokenizer_zoo import load_real
 
@@ -48,37 +48,24 @@ def train_file(dolly, tmp_path_factory):
 
 
 def arguments(output, **changes):
-    return flags(
-        **{
-            "output_dir": output,
-            "do_train": True,
-            "use_cpu": True,
-            "block_size": BLOCK_SIZE,
-            "max_steps": STEPS,
-            "per_device_train_batch_size": BATCH,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            **changes,
-        }
-    )
+    common = {
+        "block_size": BLOCK_SIZE,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+    }
+    return training_flags(output_dir=output, **{**common, **changes})
 
 
 def predictions(folder, rows):
     """Of every row, from the model's own forward on it alone: (logits that predict the response, its ids, texts)."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = token_forms(tokenizer).texts
     for row in rows:
-        encoding = tokenizer(row["prefix"] + row["text"], return_offsets_mapping=True)
-        ids = [*encoding["input_ids"], tokenizer.eos_token_id]
-        assert len(ids) <= BLOCK_SIZE, "the rows of this test must need no cutting"
-        start = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(row["prefix"]))
-        with torch.no_grad():
-            z = model(torch.tensor([ids])).logits[0, start - 1 : -1, : len(tokenizer)].double()
-        yield z, ids[start:], [texts[i] for i in ids[start:]]
+        ids, z = response_of(model, tokenizer, row)
+        yield z, ids, [texts[i] for i in ids]
 
 
 def kl(p, q):

@@ -20,27 +20,20 @@ from types import SimpleNamespace
 import pytest
 
 from script_train.methods import methods
-from tests.end_to_end.rig import ROOT, environment, tiny_llama
+from tests.end_to_end.rig import ROOT, environment
 from tests.end_to_end.warm_python import warm_python
-from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
+from tests.unit.tokenizer_zoo import SAMPLE_TEXTS
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Models and rows: a teacher, a student of another tokenizer, a teacher of the student's, two files."""
+def pair(small_pair, tmp_path_factory):
+    """The small pair, and two files of rows."""
     folder = tmp_path_factory.mktemp("a comparison's")
-    byte_level, sentencepiece = byte_level_bpe(), sentencepiece_bpe()
-    made = SimpleNamespace(
-        teacher=tiny_llama(folder / "the teacher", sentencepiece, len(sentencepiece), seed=1),
-        student=tiny_llama(folder / "the student", byte_level, len(byte_level), seed=2),
-        same=tiny_llama(folder / "same tokenizer", byte_level, len(byte_level) + 8, seed=3),
-        data=folder / "train.json",
-        validation=folder / "held out.jsonl",
-    )
     rows = [{"prefix": text[:20], "text": text[20:]} for text in SAMPLE_TEXTS]
-    made.data.write_text(json.dumps(rows[:4]))
-    made.validation.write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
-    return made
+    data, validation = folder / "train.json", folder / "held out.jsonl"
+    data.write_text(json.dumps(rows[:4]))
+    validation.write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
+    return SimpleNamespace(**vars(small_pair), data=data, validation=validation)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,6 @@ done
 case "${{1##*/}} ${{2:-}}" in
     "compare.py rows") last=$4 ;;
     compare.py* | steps.py*) exec '{sys.executable}' "$@" ;;
-    "quickstart_models.py precision") echo fp32; exit ;;
     "quickstart_models.py split") last=${{given[--output]}}/held_out.json ;;
     quickstart_models.py*) last=${{given[--output]}}/config.json ;;
     get_*_mapper.py*) last=${{given[--output]}} ;;

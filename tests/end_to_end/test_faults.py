@@ -29,7 +29,17 @@ from modeling import files, run_clm_sft
 from modeling.errors import InputError
 from modeling.training import checkpoints, datasets
 from modeling.training.checkpoints import defect, last_complete_checkpoint, publish, saving
-from tests.end_to_end.rig import ROOT, environment, flags, in_a_fork, launcher, log_history, steps, tiny_llama
+from tests.end_to_end.rig import (
+    ROOT,
+    environment,
+    flags,
+    in_a_fork,
+    launcher,
+    log_history,
+    steps,
+    tiny_llama,
+    training_flags,
+)
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
 KILLED = 137
@@ -55,18 +65,13 @@ def arguments(bench: Path, output: Path, **changes) -> list[str]:
         "model_name_or_path": bench / "the student",
         "train_file": bench / "the rows.json",
         "output_dir": output,
-        "do_train": True,
-        "use_cpu": True,
         "block_size": 48,
         "max_steps": 8,
         "per_device_train_batch_size": 4,
         "save_steps": 3,
-        "logging_steps": 1,
         "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
     }
-    return flags(**{**given, **changes})
+    return training_flags(**{**given, **changes})
 
 
 def train(bench: Path, output: Path, before: Callable[[], None] = lambda: None, **changes) -> SimpleNamespace:
@@ -642,19 +647,6 @@ def test_the_disk_is_full_while_generating(bench, responses, tmp_path):
     assert output.read_text() == responses
 
 
-def test_a_line_torn_by_another_process_is_not_appended_to(bench, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "script_eval"))
-    from eval_records import RowFile
-
-    file = RowFile(tmp_path / "rows.jsonl")
-    file.append([{"row": 0}])
-    with file.path.open("a") as other:
-        other.write('{"row": 1, "respon')
-    file.append([{"row": 2}])
-    assert file.path.read_text() == '{"row": 0}\n{"row": 2}\n'
-    assert file.done() == {0, 2}
-
-
 # ------------------------------------------------------------------------------------------------------- several ranks
 
 
@@ -714,9 +706,7 @@ def test_a_rank_told_to_end_then_a_rank_killed(bench, steady, tmp_path):
     running = start("killed")
     later = stopped_after + 2 + stopped_after % 2
     signal_rank(running, "1", signal.SIGKILL, output / f"checkpoint-{later}/trainer_state.json")
-    began = time.monotonic()
-    assert running.wait(60) != 0
-    assert time.monotonic() - began < 45
+    assert running.wait(45) != 0
     second = last_complete_checkpoint(str(output))
     assert int(second.rpartition("-")[2]) >= later
 

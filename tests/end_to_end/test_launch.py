@@ -99,12 +99,23 @@ def test_without_accelerator_it_is_plain_python_on_the_cpu():
     ]
 
 
-def test_an_npu_is_found(stub):
-    assert command_of(PYTHONPATH=stub("torch_npu")) == deepspeed("--num_gpus", "4", flags=("--bf16", "true"))
+BF16 = ("--bf16", "true")
+ON_CUDA, ON_CPU = {"DEVICE": "cuda", "NPROC": "2"}, {"DEVICE": "cpu", "NPROC": "2"}
 
 
-def test_cuda_is_found(stub):
-    assert command_of(PYTHONPATH=stub("cuda_stub")) == deepspeed("--num_gpus", "3", flags=("--bf16", "true"))
+@pytest.mark.parametrize(
+    ("stubbed", "env", "processes", "flags"),
+    [
+        pytest.param("torch_npu", {}, "4", BF16, id="an npu is found"),
+        pytest.param("cuda_stub", {}, "3", BF16, id="cuda is found"),
+        pytest.param(None, {**ON_CUDA, "PRECISION": "fp16"}, "2", ("--fp16", "true"), id="fp16"),
+        pytest.param(None, {**ON_CUDA, "PRECISION": "fp32"}, "2", (), id="fp32"),
+        pytest.param(None, {**ON_CPU, "PRECISION": "bf16"}, "2", ("--use_cpu", "true", *BF16), id="two on the cpu"),
+    ],
+)
+def test_devices_processes_and_precision(stub, stubbed, env, processes, flags):
+    site = {"PYTHONPATH": stub(stubbed)} if stubbed else {}
+    assert command_of(**env, **site) == deepspeed("--num_gpus", processes, flags=flags)
 
 
 def test_a_torch_npu_without_its_toolkit_is_named(stub):
@@ -118,43 +129,30 @@ def test_a_given_device_that_torch_does_not_see(stub):
     assert "torch sees: npu" in error_of(DEVICE="cuda", PYTHONPATH=site)
     # On another machine than the one that trains, with NPROC given, nothing is asked.
     assert command_of(DEVICE="cuda", NPROC="8", ZERO="3") == deepspeed(
-        *("--num_gpus", "8"), flags=("--bf16", "true"), zero="deepspeed_zero3_config.json"
+        *("--num_gpus", "8"), flags=BF16, zero="deepspeed_zero3_config.json"
     )
     assert command_of(DEVICE="cpu", PYTHONPATH=site) == [sys.executable, SCRIPT, "--use_cpu", "true"]
 
 
-def test_several_processes_on_the_cpu():
-    assert command_of(DEVICE="cpu", NPROC="2", PRECISION="bf16") == deepspeed(
-        *("--num_gpus", "2"), flags=("--use_cpu", "true", "--bf16", "true")
-    )
-
-
-def test_precision():
-    on_cuda = {"DEVICE": "cuda", "NPROC": "2"}
-    assert command_of(PRECISION="fp16", **on_cuda) == deepspeed("--num_gpus", "2", flags=("--fp16", "true"))
-    assert command_of(PRECISION="fp32", **on_cuda) == deepspeed("--num_gpus", "2", flags=())
-    assert command_of(DEVICE="cpu", PRECISION="bf16") == [
-        *(sys.executable, SCRIPT, "--use_cpu", "true", "--bf16", "true"),
-    ]
+def test_bf16_on_the_cpu():
+    assert command_of(DEVICE="cpu", PRECISION="bf16") == [sys.executable, SCRIPT, "--use_cpu", "true", *BF16]
 
 
 def test_only_visible_devices_are_used(stub):
     cuda = {"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "2,5,7"}
-    bf16 = ("--bf16", "true")
-    assert command_of(NPROC="3", **cuda) == deepspeed("--include", "localhost:2,5,7", flags=bf16)
-    assert command_of(NPROC="2", **cuda) == deepspeed("--include", "localhost:2,5", flags=bf16)
+    assert command_of(NPROC="3", **cuda) == deepspeed("--include", "localhost:2,5,7", flags=BF16)
+    assert command_of(NPROC="2", **cuda) == deepspeed("--include", "localhost:2,5", flags=BF16)
     assert "only the devices 2,5,7 are visible" in error_of(NPROC="4", **cuda)
     npu = {"PYTHONPATH": stub("torch_npu"), "ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7"}
-    assert command_of(**npu) == deepspeed("--include", "localhost:4,5,6,7", flags=bf16)
+    assert command_of(**npu) == deepspeed("--include", "localhost:4,5,6,7", flags=BF16)
 
 
 def test_hostfile(tmp_path, stub):
     hostfile = tmp_path / "my hosts"
     hostfile.write_text("node-a slots=4\nnode-b slots=4\n")
     npu = {"PYTHONPATH": stub("torch_npu"), "HOSTFILE": str(hostfile)}
-    bf16 = ("--bf16", "true")
-    assert command_of(**npu) == deepspeed("--hostfile", str(hostfile), flags=bf16)
-    assert command_of(NPROC="2", **npu) == deepspeed("--hostfile", str(hostfile), "--num_gpus", "2", flags=bf16)
+    assert command_of(**npu) == deepspeed("--hostfile", str(hostfile), flags=BF16)
+    assert command_of(NPROC="2", **npu) == deepspeed("--hostfile", str(hostfile), "--num_gpus", "2", flags=BF16)
     assert "no such file" in error_of(DEVICE="cuda", NPROC="2", HOSTFILE=str(tmp_path / "none"))
 
 

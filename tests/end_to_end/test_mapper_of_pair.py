@@ -7,7 +7,7 @@ from tests.end_to_end.test_teacher_cache import arguments, bench, train, without
 
 BUILT, READ = "written: ", "The mapper is read from"
 KINDS = {"CDM": "em", "MinED": "mined", "BPM": "prefixem", "Strict": "em"}
-FILES = {method: f"other-to-student.{kind}.safetensors" for method, kind in KINDS.items()}
+FILES = {method: f"teacher-to-student.{kind}.safetensors" for method, kind in KINDS.items()}
 
 
 @pytest.mark.parametrize("method", FILES)

@@ -10,18 +10,15 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from get_vocab_mapper.builders import BUILDERS
-from get_vocab_mapper.mapper_file import save_mapper
-from get_vocab_mapper.token_forms import token_forms
 from modeling.models.teachers import LiveTeacher, StoredTeacher
 from modeling.training import teacher as teacher_loading
-from tests.end_to_end.rig import ROOT, environment, flags, launcher, run_script, steps, tiny_llama
-from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
+from tests.end_to_end.rig import ROOT, environment, launcher, run_script, steps, training_flags
 
 N_TRAIN, N_VALIDATION = 16, 5
 N_ALL = N_TRAIN + N_VALIDATION
@@ -41,52 +38,36 @@ SCRIPTS = {
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """Small models of two tokenizers, their mappers, and pieces of the sample data."""
+def bench(small_pair, tmp_path_factory):
+    """The small pair, and pieces of the sample data."""
     folder = tmp_path_factory.mktemp("bench")
-    student, teacher = byte_level_bpe(), sentencepiece_bpe()
-    for name, tokenizer, padding, seed in (
-        ("student", student, 5, 1),
-        ("other", teacher, 7, 2),
-        ("same", student, 9, 3),
-    ):
-        tiny_llama(folder / name, tokenizer, len(tokenizer) + padding, layers=1, seed=seed)
-    forms = token_forms(teacher), token_forms(student)
-    for kind in BUILDERS:
-        save_mapper(BUILDERS[kind](*forms, progress=False), folder / f"{kind}.safetensors")
     rows = json.loads((ROOT / "data/dolly_train.sample.json").read_text())
     rows = [{"prefix": row["prefix"][-70:], "text": row["text"][:60]} for row in rows]  # short: there are many runs
     (folder / "train.json").write_text(json.dumps(rows[:N_TRAIN]))
     (folder / "validation.json").write_text(json.dumps(rows[N_TRAIN : N_TRAIN + N_VALIDATION]))
-    return folder
+    return SimpleNamespace(**vars(small_pair), train=folder / "train.json", validation=folder / "validation.json")
 
 
-def arguments(bench: Path, method: str, output: Path, **changes) -> list[str]:
+def arguments(bench: SimpleNamespace, method: str, output: Path, **changes) -> list[str]:
     given = {
-        "model_name_or_path": bench / "student",
-        "teacher_path": bench / ("same" if method in ("FKD", "RKD") else "other"),
-        "train_file": bench / "train.json",
-        "validation_file": bench / "validation.json",
+        "model_name_or_path": bench.student,
+        "teacher_path": bench.same if method in ("FKD", "RKD") else bench.teacher,
+        "train_file": bench.train,
+        "validation_file": bench.validation,
         "output_dir": output,
-        "do_train": True,
         "do_eval": True,
-        "use_cpu": True,
         "block_size": 256,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
     }
-    mapper = dict.fromkeys(("CDM", "two teachers", "Strict", "GOLD", "SimCT"), "em")
-    mapper |= {"MinED": "mined", "BPM": "prefixem"}
-    if method in mapper:
-        given["teacher_to_student_id_mapping"] = bench / f"{mapper[method]}.safetensors"
+    mapper = dict.fromkeys(("CDM", "two teachers", "Strict", "GOLD", "SimCT"), bench.em)
+    mapper |= {"MinED": bench.mined, "BPM": bench.prefixem}
+    given["teacher_to_student_id_mapping"] = mapper.get(method)
     if method == "two teachers":
-        given["same_tokenizer_teacher_path"] = bench / "same"
-    return flags(**{**given, **changes})
+        given["same_tokenizer_teacher_path"] = bench.same
+    return training_flags(**{**given, **changes})
 
 
 @pytest.fixture
@@ -122,7 +103,7 @@ def without_teachers(bench, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
 
     def only_the_student(path, *args, **kwargs):
-        assert Path(path) == bench / "student", f"{path} is loaded, though all of its signals are there"
+        assert Path(path) == bench.student, f"{path} is loaded, though all of its signals are there"
         return load(path, *args, **kwargs)
 
     return lambda: monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", only_the_student)
@@ -234,22 +215,11 @@ def test_a_killed_computation_is_resumed(bench, train, tmp_path, run_examples, c
     assert sum(run_examples) == N_ALL - there
 
 
-def test_added_rows_are_added(bench, train, tmp_path, run_examples):
-    rows = json.loads((bench / "train.json").read_text())
-    few = tmp_path / "few.json"
-    few.write_text(json.dumps(rows[:10]))
-    train("ULD", teacher_cache=tmp_path, train_file=few, max_steps=1)
-    assert sum(run_examples) == 10 + N_VALIDATION
-    run_examples.clear()
-    train("ULD", teacher_cache=tmp_path, max_steps=1)
-    assert sum(run_examples) == N_TRAIN - 10
-
-
 def test_another_teacher_has_a_folder_of_its_own(bench, train, tmp_path, run_examples):
     train("ULD", do_train=False, teacher_cache=tmp_path / "cache")
     retrained = tmp_path / "retrained"
-    model = AutoModelForCausalLM.from_pretrained(bench / "other")
-    shutil.copytree(bench / "other", retrained)
+    model = AutoModelForCausalLM.from_pretrained(bench.teacher)
+    shutil.copytree(bench.teacher, retrained)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] += 1
     model.save_pretrained(retrained)
@@ -258,7 +228,7 @@ def test_another_teacher_has_a_folder_of_its_own(bench, train, tmp_path, run_exa
         train("ULD", do_train=False, teacher_cache=tmp_path / "cache", **changes)
         assert sum(run_examples) == N_VALIDATION
     described = [json.loads(file.read_text()) for file in (tmp_path / "cache").glob("*-*/cache.json")]
-    assert sorted(Path(about["teacher"]).name for about in described) == ["other", "other", "other", "retrained"]
+    assert sorted(Path(about["teacher"]).name for about in described) == ["retrained", "teacher", "teacher", "teacher"]
 
 
 def test_a_rank_that_sees_another_folder_is_told(train, tmp_path, monkeypatch, capsys):

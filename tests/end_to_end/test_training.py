@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -11,102 +10,40 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from get_vocab_mapper.mapper_file import read_mapper
 from get_vocab_mapper.token_forms import token_forms
-from tests.end_to_end.rig import ROOT, flags, launcher, log_history, run_script, steps
-from tests.reference import cdm_oracle
+from tests.end_to_end.oracle import SIDES, dtw_groups, mapped
+from tests.end_to_end.rig import ROOT, flags, launcher, response_of, run_script, steps, training_flags
 
 CDM, SFT = "modeling/run_clm_distill_CDM.py", "modeling/run_clm_sft.py"
 
 
 def common(output, **changes):
-    arguments = {
-        "output_dir": output,
-        "do_train": True,
-        "use_cpu": True,
-        "block_size": 96,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return flags(**{**arguments, **changes})
+    constant = {"block_size": 96, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    return training_flags(output_dir=output, **{**constant, **changes})
 
 
 def cdm_flags(pair):
-    return flags(
-        model_name_or_path=pair.student, teacher_path=pair.teacher, teacher_to_student_id_mapping=pair.mapper
-    )
+    return flags(model_name_or_path=pair.student, teacher_path=pair.teacher, teacher_to_student_id_mapping=pair.mapper)
 
 
 # ------------------------------------------------------------------------------------------- the method, at full width
 
 
-def oracle_losses(pair, rows, block_size, topk=100):
-    """CE and KD of a batch, from the models' own forward on each example alone, straight from the definition."""
-    models, tokenizers = {}, {}
-    for side in ("teacher", "student"):
-        models[side] = AutoModelForCausalLM.from_pretrained(getattr(pair, side)).eval()
-        tokenizers[side] = AutoTokenizer.from_pretrained(getattr(pair, side))
+def oracle_losses(pair, rows):
+    """CE and KD of a batch, from the models' own forward on each example alone."""
+    models = {side: AutoModelForCausalLM.from_pretrained(getattr(pair, side)) for side in SIDES}
+    tokenizers = {side: AutoTokenizer.from_pretrained(getattr(pair, side)) for side in SIDES}
     forms = {side: token_forms(tokenizer) for side, tokenizer in tokenizers.items()}
     mapper = read_mapper(pair.mapper)
-
-    def similar(direction, token):
-        return dict(zip(*(part.tolist() for part in direction.row(token))))
-
-    ce_sum = kd_sum = 0.0
-    n_tokens = 0
+    ce_sum, kd_sum, n_tokens = 0.0, 0.0, 0
     for row in rows:
-        logits, tokens = {}, {}
-        for side, tokenizer in tokenizers.items():
-            encoding = tokenizer(row["prefix"] + row["text"], return_offsets_mapping=True)
-            ids = [*encoding["input_ids"], tokenizer.eos_token_id]
-            assert len(ids) <= block_size, "the rows of this test must need no cutting"
-            start = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(row["prefix"]))
-            with torch.no_grad():
-                z = models[side](torch.tensor([ids])).logits[0]
-            logits[side] = z[start - 1 : -1, : len(tokenizer)].double()  # row j predicts token j
-            tokens[side] = ids[start:]
-
-        weights = {}
-        for side, z in logits.items():
-            p = z.softmax(-1)
-            weights[side] = cdm_oracle.weights((-p * p.log()).sum(-1).tolist())
-        cost = []
-        for i, t in enumerate(tokens["teacher"]):
-            cost.append([])
-            for j, s in enumerate(tokens["student"]):
-                eos = i == len(tokens["teacher"]) - 1 and j == len(tokens["student"]) - 1
-                a, b = (forms[side].texts[token].replace(" ", "") for side, token in (("teacher", t), ("student", s)))
-                distance = 0 if eos else cdm_oracle.levenshtein(a, b)
-                cost[-1].append(distance * weights["teacher"][i] * weights["student"][j])
-        groups = cdm_oracle.cut_at_diagonals(cdm_oracle.dtw_path(cost))
-
-        for teacher_positions, student_positions in groups:
-            z_teacher = logits["teacher"][teacher_positions].mean(0)
-            z_student = logits["student"][student_positions].mean(0)
-            top_teacher = z_teacher.sort(descending=True, stable=True).indices[:topk].tolist()
-            top_student = z_student.sort(descending=True, stable=True).indices[:topk].tolist()
-            divergence = 0.0
-            for own, other, direction, turn in (
-                (top_teacher, top_student, mapper.to_student, False),
-                (top_student, top_teacher, mapper.to_teacher, True),
-            ):
-                pairs = []
-                for token in own:
-                    match = int(direction.static[token])
-                    if match < 0:
-                        near = similar(direction, token)
-                        match = min((o for o in other if o in near), key=near.__getitem__, default=-1)
-                    if match >= 0:
-                        pairs.append((match, token) if turn else (token, match))
-                if pairs:
-                    divergence += cdm_oracle.kl_over_pairs(
-                        [z_teacher[v] for v, _ in pairs], [z_student[u] for _, u in pairs], 1.0
-                    ).item()
-            kd_sum += len(student_positions) * divergence / 2
-        log_p = logits["student"].log_softmax(-1)
-        ce_sum -= sum(log_p[j, token].item() for j, token in enumerate(tokens["student"]))
-        n_tokens += len(tokens["student"])
+        tokens, logits = {}, {}
+        for side in SIDES:
+            tokens[side], logits[side] = response_of(models[side], tokenizers[side], row)
+        for group in dtw_groups(tokens, logits, forms):
+            kd_sum += len(group[1]) * mapped(logits, forms, mapper, group).kd
+        n_rows = len(tokens["student"])
+        ce_sum -= logits["student"].log_softmax(-1)[range(n_rows), tokens["student"]].sum().item()
+        n_tokens += n_rows
     return ce_sum / n_tokens, kd_sum / n_tokens
 
 
@@ -127,7 +64,7 @@ def test_cdm_on_real_rows_at_the_real_widths(phi_qwen, dolly, tmp_path):
     )
     run_script(CDM, *cdm_flags(phi_qwen), *arguments, OMP_NUM_THREADS="2")
     logged = steps(tmp_path / "out")
-    ce, kd = oracle_losses(phi_qwen, short, block_size=96)
+    ce, kd = oracle_losses(phi_qwen, short)
     assert logged[0]["ce_loss"] == pytest.approx(ce, rel=1e-5)
     assert logged[0]["kd_loss"] == pytest.approx(kd, rel=1e-5)
     assert logged[0]["loss"] == pytest.approx((ce + kd) / 2, rel=1e-5)
@@ -236,26 +173,6 @@ def test_a_saved_student_loads_and_generates(split_runs):
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_resuming_from_a_checkpoint_gives_the_uninterrupted_losses(phi_smollm, dolly, tmp_path):
-    arguments = {
-        "train_file": dolly.train,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "save_steps": 2,
-        "lr_scheduler_type": "linear",
-    }
-    run_script(CDM, *cdm_flags(phi_smollm), *common(tmp_path / "whole", **arguments))
-    (tmp_path / "interrupted").mkdir()
-    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "interrupted/checkpoint-2")
-    done = run_script(CDM, *cdm_flags(phi_smollm), *common(tmp_path / "interrupted", **arguments))
-    assert "Resuming from" in done.stderr
-    expected, got = steps(tmp_path / "whole"), steps(tmp_path / "interrupted")
-    assert [entry["step"] for entry in got] == [1, 2, 3, 4]
-    for want, entry in zip(expected, got):
-        for name in ("loss", "kd_loss", "ce_loss", "grad_norm"):
-            assert entry[name] == pytest.approx(want[name], rel=1e-5)
-
-
 def test_sft_in_bf16_with_checkpointing_frozen_parts_and_tensorboard(phi_smollm, dolly, tmp_path):
     arguments = common(
         tmp_path / "out",
@@ -305,29 +222,3 @@ def test_byte_alignment_and_temperature_in_bf16(phi_smollm, dolly, tmp_path):
     assert all(entry["aligned"] == 1.0 for entry in logged)
     assert all(entry["loss"] == pytest.approx(entry["kd_loss"], rel=1e-5) for entry in logged)
     assert logged[-1]["kd_loss"] < logged[0]["kd_loss"]
-
-
-def test_evaluation_alone(phi_smollm, dolly, tmp_path):
-    arguments = common(tmp_path / "out", do_train=False, do_eval=True, validation_file=dolly.validation)
-    run_script(CDM, *cdm_flags(phi_smollm), *arguments)
-    metrics = json.loads((tmp_path / "out/eval_results.json").read_text())
-    assert {"eval_ce_loss", "eval_kd_loss", "eval_teacher_mass", "eval_bits_per_byte"} <= metrics.keys()
-    assert not (tmp_path / "out/model.safetensors").exists()
-
-
-def test_arguments_from_one_json_file(phi_smollm, dolly, tmp_path):
-    arguments = {
-        "model_name_or_path": str(phi_smollm.student),
-        "train_file": str(dolly.train),
-        "output_dir": str(tmp_path / "out"),
-        "do_train": True,
-        "use_cpu": True,
-        "max_steps": 1,
-        "block_size": 64,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-    (tmp_path / "run.json").write_text(json.dumps(arguments))
-    run_script(SFT, str(tmp_path / "run.json"))
-    assert len(log_history(tmp_path / "out")) == 2  # the step, and the summary of the run

@@ -173,6 +173,8 @@ def test_a_torn_line_is_dropped_and_the_finished_file_is_sorted(tmp_path):
         torn.write('{"row": 1, "resp')
     assert file.done() == {0, 2}
     assert not file.finish(3)
+    with file.path.open("a") as torn:  # by another process, after this one has looked
+        torn.write('{"row": 1, "resp')
     file.append([{"row": 1, "response": ""}])
     assert file.finish(3)
     assert [row["row"] for row in eval_records.read_lines(file.path)] == [0, 1, 2]

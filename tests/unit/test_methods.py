@@ -15,7 +15,6 @@ from modeling.run_clm_llms_fkd import fkd_losses
 from modeling.run_clm_llms_rkd import rkd_losses
 from modeling.run_clm_MinED import mined_losses
 from modeling.run_clm_uld import uld_losses
-from tests.benchmarks.bench_memory import measure_in_new_process
 from tests.methods import METHODS
 from tests.reference import baseline_oracles, cdm_oracle
 from tests.unit.helpers import Headed, assert_same, random_logits, without_response
@@ -288,9 +287,3 @@ def test_losses_by_hand():
     assert replace(losses, covered=None).kd_sum().item() == 4.5
     assert Losses(losses.ce).mean(kd_alpha=0.1).item() == 3.0
     assert Losses(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64)).mean().item() == 0
-
-
-@pytest.mark.parametrize("method", ["RKD", "CDM"])
-def test_memory_beyond_the_logits_and_the_gradient(method):
-    """Cross-entropy and divergence together, forward and backward: at most a quarter of one logit tensor more."""
-    assert measure_in_new_process(method, n_rows=512, n_student=64_000, n_teacher=64_000)["beyond"] <= 0.25

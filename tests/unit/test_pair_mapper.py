@@ -53,16 +53,6 @@ def test_a_larger_threshold_builds_it_again(tmp_path, nothing_is_built):
     assert mapper_for_pair("em", TEACHER, STUDENT, tmp_path, 0.05).threshold == 0.05
 
 
-@pytest.mark.parametrize("built_before", [False, True])
-def test_a_threshold_that_cannot_be_is_refused(built_before, tmp_path):
-    if built_before:
-        mapper_for_pair("em", TEACHER, STUDENT, tmp_path)
-    for threshold in (1.5, -1, float("nan")):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            mapper_for_pair("em", TEACHER, STUDENT, tmp_path, threshold)
-    assert len(files(tmp_path)) == built_before
-
-
 def test_another_pair_of_equal_names_has_another_file(tmp_path, nothing_is_built):
     """Also one with the same tokens and another EOS, which the fingerprints do not tell apart."""
     pairs = {

@@ -14,6 +14,7 @@ import pytest
 
 from modeling.text.messages import ChatRows
 from modeling.text.rows import alpaca_prompt, read_rows
+from tests.unit.tokenizer_zoo import real_dir
 
 SCRIPT = Path(__file__).parents[2] / "data" / "prepare_data.py"
 spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
@@ -23,10 +24,7 @@ spec.loader.exec_module(prepare_data)
 
 @pytest.fixture(scope="session")
 def real():
-    folder = os.environ.get("CDM_REAL_DIR")
-    if not folder:
-        pytest.skip("CDM_REAL_DIR, the folder of the real data sets, is not set")
-    return Path(folder) / "data"
+    return real_dir() / "data"
 
 
 def run_script(*arguments, **environment):
@@ -41,6 +39,12 @@ def run_script(*arguments, **environment):
         timeout=60,
         check=False,
     )
+
+
+def prepare(kind, source, output, *flags):
+    """Runs the script's main, and gives the rows that it has written."""
+    prepare_data.main([kind, *map(str, ("--source", source, "--output", output, *flags))])
+    return load(output)
 
 
 def error_of(*arguments):
@@ -99,20 +103,15 @@ def test_dolly_leaves_out_the_evaluation_splits(real, tmp_path):
 
 def test_dolly_prompts_are_those_of_the_evaluation_split(real, tmp_path):
     """A row that both files have unchanged gets, character for character, the prompt of the evaluation file."""
-    output = tmp_path / "dolly.json"
-    prepare_data.main(
-        ["dolly", "--source", str(real / "dolly" / "databricks-dolly-15k.jsonl"), "--output", str(output)]
-    )
-    prepared = {(row["prefix"], row["text"]) for row in load(output)}
+    rows = prepare("dolly", real / "dolly/databricks-dolly-15k.jsonl", tmp_path / "dolly.json")
+    prepared = {(row["prefix"], row["text"]) for row in rows}
     assert len(prepared) == 15011 - 15
     evaluation = load(real / "dolly" / "valid.jsonl")
     assert sum((row["prompt"], row["output"]) in prepared for row in evaluation) == 446
 
 
 def test_gsm8k(real, tmp_path, capsys):
-    output = tmp_path / "math.json"
-    prepare_data.main(["gsm8k", "--source", str(real / "gsm8k" / "train.jsonl"), "--output", str(output)])
-    rows = load(output)
+    rows = prepare("gsm8k", real / "gsm8k/train.jsonl", tmp_path / "math.json")
     assert len(rows) == 7473
     assert sum("<<" in row["text"] for row in rows) == 7378
     assert all("\n#### " in row["text"] and row["prefix"].endswith("\n\n### Response:\n") for row in rows)
@@ -120,20 +119,15 @@ def test_gsm8k(real, tmp_path, capsys):
 
 
 def test_gsm8k_without_annotations(real, tmp_path):
-    output = tmp_path / "math.jsonl"
-    source = real / "gsm8k" / "train.jsonl"
-    prepare_data.main(["gsm8k", "--source", str(source), "--output", str(output), "--strip_annotations"])
-    rows = load(output)
+    rows = prepare("gsm8k", real / "gsm8k/train.jsonl", tmp_path / "math.jsonl", "--strip_annotations")
     assert len(rows) == 7473
     assert not any("<<" in row["text"] or ">>" in row["text"] for row in rows)
     assert "48/2 = 24 clips" in rows[0]["text"]
 
 
 def test_mbpp_keeps_the_training_tasks(real, tmp_path, capsys):
-    output = tmp_path / "code.jsonl"
-    prepare_data.main(["code", "--source", str(real / "mbpp" / "mbpp.jsonl"), "--output", str(output)])
+    rows = prepare("code", real / "mbpp/mbpp.jsonl", tmp_path / "code.jsonl")
     assert "600 left out: task id outside 601-974" in capsys.readouterr().out
-    rows = load(output)
     assert len(rows) == 374
     assert all("\nassert " in row["prefix"] and "\r" not in row["prefix"] + row["text"] for row in rows)
     # Task 927 builds its trees before the asserts, which make no sense without them.
@@ -142,10 +136,7 @@ def test_mbpp_keeps_the_training_tasks(real, tmp_path, capsys):
 
 
 def test_mbpp_tests_pass_on_the_prepared_solution(real, tmp_path):
-    output = tmp_path / "code.jsonl"
-    arguments = ["--source", str(real / "mbpp" / "mbpp.jsonl"), "--task_ids", "602-604", "--output", str(output)]
-    prepare_data.main(["code", *arguments])
-    for row in load(output):
+    for row in prepare("code", real / "mbpp/mbpp.jsonl", tmp_path / "code.jsonl", "--task_ids", "602-604"):
         asserts = [line for line in row["prefix"].splitlines() if line.startswith("assert ")]
         assert len(asserts) == 3
         exec("\n".join([row["text"], *asserts]), {})
@@ -174,9 +165,8 @@ def test_exclusion_sees_through_white_space_reference_marks_and_a_lost_context(t
             {"prompt": alpaca_prompt("Never asked?"), "output": "So not found"},
         ],
     )
-    output = tmp_path / "out.jsonl"
-    prepare_data.main(["dolly", "--source", str(source), "--output", str(output), "--exclude", str(evaluation)])
-    assert [row["text"] for row in load(output)] == ["Oslo!", "Oslo"]
+    rows = prepare("dolly", source, tmp_path / "out.jsonl", "--exclude", evaluation)
+    assert [row["text"] for row in rows] == ["Oslo!", "Oslo"]
     printed = capsys.readouterr()
     assert f"3 left out: also in {evaluation} (rows 1, 2, 5)" in printed.out
     assert "3 of its 4 rows found" in printed.out
@@ -185,12 +175,11 @@ def test_exclusion_sees_through_white_space_reference_marks_and_a_lost_context(t
 
 def test_an_output_of_this_script_can_be_excluded(tmp_path):
     source = write_lines(tmp_path / "source.jsonl", [dolly_row(f"q{n}", f"a{n}", "c") for n in range(6)])
-    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     held_out = tmp_path / "held_out.json"
-    split = ["--validation_output", str(held_out), "--validation_size", "2"]
-    prepare_data.main(["dolly", "--source", str(source), "--output", str(first), *split])
-    prepare_data.main(["dolly", "--source", str(source), "--output", str(second), "--exclude", str(held_out)])
-    assert load(first) == load(second) and len(load(held_out)) == 2
+    split = ("--validation_output", held_out, "--validation_size", 2)
+    first = prepare("dolly", source, tmp_path / "first.jsonl", *split)
+    assert first == prepare("dolly", source, tmp_path / "second.jsonl", "--exclude", held_out)
+    assert len(load(held_out)) == 2
 
 
 # ------------------------------------------------------------------------------------------------ what is left out
@@ -207,10 +196,7 @@ def test_empty_and_repeated_rows_are_counted_and_named(tmp_path, capsys):
         dolly_row("a", "b", None),
         dolly_row("a", "b", "with input"),
     ]
-    output = tmp_path / "out.jsonl"
-    source = write_lines(tmp_path / "source.jsonl", rows)
-    prepare_data.main(["dolly", "--source", str(source), "--output", str(output)])
-    assert load(output) == [
+    assert prepare("dolly", write_lines(tmp_path / "source.jsonl", rows), tmp_path / "out.jsonl") == [
         {"prefix": alpaca_prompt("a"), "text": "b"},
         {"prefix": alpaca_prompt("a", "with input"), "text": "b"},
     ]
@@ -257,8 +243,8 @@ def test_rows_as_chats(tmp_path):
 def test_source_and_output_formats(tmp_path, name, output_name):
     rows = [{"question": f"How many is {n}?", "answer": f"“{n}” 日本\n#### {n}"} for n in range(3)]
     output = tmp_path / output_name
-    prepare_data.main(["gsm8k", "--source", str(write_source(tmp_path / name, rows)), "--output", str(output)])
-    assert load(output) == [{"prefix": alpaca_prompt(row["question"]), "text": row["answer"]} for row in rows]
+    expected = [{"prefix": alpaca_prompt(row["question"]), "text": row["answer"]} for row in rows]
+    assert prepare("gsm8k", write_source(tmp_path / name, rows), output) == expected
     assert "日本" in output.read_text(encoding="utf-8")
     assert [row["text"] for row in read_rows(output)] == [row["answer"] for row in rows]
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / name, output}
@@ -271,20 +257,18 @@ def test_a_folder_is_read_with_datasets(tmp_path, monkeypatch):
     write_lines(folder / "train.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
     write_lines(folder / "test.jsonl", [{"question": "1+2?", "answer": "#### 3"}])
     for split, answer in (("train", "#### 2"), ("test", "#### 3")):
-        output = tmp_path / f"{split}.json"
-        arguments = ["--source", str(folder), "--config", "default", "--split", split, "--output", str(output)]
-        prepare_data.main(["gsm8k", *arguments])
-        assert [row["text"] for row in load(output)] == [answer]
+        rows = prepare("gsm8k", folder, tmp_path / f"{split}.json", "--config", "default", "--split", split)
+        assert [row["text"] for row in rows] == [answer]
 
 
 def test_validation_is_drawn_from_the_rest_and_repeatable(tmp_path):
     source = write_lines(tmp_path / "s.jsonl", [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)])
     drawn = []
     for seed in ("1", "1", "2"):
-        train, held_out = tmp_path / "train.json", tmp_path / "held_out.jsonl"
-        split = ["--validation_output", str(held_out), "--validation_size", "10", "--seed", seed]
-        prepare_data.main(["gsm8k", "--source", str(source), "--output", str(train), *split])
-        texts, held_out_texts = ([row["text"] for row in load(path)] for path in (train, held_out))
+        held_out = tmp_path / "held_out.jsonl"
+        split = ("--validation_output", held_out, "--validation_size", 10, "--seed", seed)
+        rows = prepare("gsm8k", source, tmp_path / "train.json", *split)
+        texts, held_out_texts = ([row["text"] for row in part] for part in (rows, load(held_out)))
         assert len(texts) == 30 and len(held_out_texts) == 10
         assert sorted(texts + held_out_texts) == sorted(f"a{n}" for n in range(40))
         drawn.append(held_out_texts)
@@ -304,27 +288,26 @@ def test_validation_is_drawn_from_the_rest_and_repeatable(tmp_path):
     ],
 )
 def test_code_columns(tmp_path, row, prefix):
-    source, output = write_lines(tmp_path / "s.jsonl", [row]), tmp_path / "out.json"
-    prepare_data.main(["code", "--source", str(source), "--output", str(output)])
-    assert load(output) == [{"prefix": prefix, "text": "r"}]
+    rows = prepare("code", write_lines(tmp_path / "s.jsonl", [row]), tmp_path / "out.json")
+    assert rows == [{"prefix": prefix, "text": "r"}]
 
 
 def test_code_columns_of_other_names(tmp_path):
     source = write_lines(
         tmp_path / "s.jsonl", [{"task": "i", "hint": "x", "python": "r"}, {"task": "j", "python": "s"}]
     )
-    output = tmp_path / "out.json"
     names = ["--instruction_column", "task", "--input_column", "hint", "--response_column", "python"]
-    prepare_data.main(["code", "--source", str(source), "--output", str(output), *names])
-    assert [row["prefix"] for row in load(output)] == [alpaca_prompt("i", "x"), alpaca_prompt("j")]
+    assert [row["prefix"] for row in prepare("code", source, tmp_path / "out.json", *names)] == [
+        alpaca_prompt("i", "x"),
+        alpaca_prompt("j"),
+    ]
 
 
 def test_rows_that_say_more_than_is_read_are_left_out(tmp_path, capsys):
     rows = [{"instruction": str(i), "output": "o"} for i in range(3)]
     rows[1]["history"], rows[2]["system"] = [["a", "b"]], ""
-    output = tmp_path / "out.json"
-    prepare_data.main(["code", "--source", str(write_lines(tmp_path / "s.jsonl", rows)), "--output", str(output)])
-    assert [row["prefix"] for row in load(output)] == [alpaca_prompt("0"), alpaca_prompt("2")]
+    made = prepare("code", write_lines(tmp_path / "s.jsonl", rows), tmp_path / "out.json")
+    assert [row["prefix"] for row in made] == [alpaca_prompt("0"), alpaca_prompt("2")]
     assert "1 left out: column 'history' is not empty, and is not read" in capsys.readouterr().out
 
 

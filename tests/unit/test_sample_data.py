@@ -6,7 +6,6 @@ import operator
 import re
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,17 +15,6 @@ from modeling.text.rows import read_rows
 
 DATA = Path(__file__).parents[2] / "data"
 SAMPLES = ("dolly_train", "code_tuning", "math_tuning")
-DOLLY_CATEGORIES = {
-    "open_qa",
-    "closed_qa",
-    "general_qa",
-    "classification",
-    "information_extraction",
-    "summarization",
-    "brainstorming",
-    "creative_writing",
-}
-
 # The template, written out here a second time on purpose: the evaluation sets use these very words.
 WITHOUT_INPUT = re.compile(
     r"Below is an instruction that describes a task\. "
@@ -106,32 +94,6 @@ def test_the_loader_takes_the_file(name):
     assert [(row["prefix"], row["text"]) for row in read_rows(sample_path(name))] == [
         (row["prefix"], row["text"]) for row in rows
     ]
-
-
-# ------------------------------------------------------------------------------------------------------------ Dolly
-
-
-def test_dolly_has_every_category_about_equally_often():
-    counts = Counter(row["category"] for row in load("dolly_train"))
-    assert set(counts) == DOLLY_CATEGORIES
-    assert all(6 <= count <= 7 for count in counts.values())
-
-
-def test_dolly_categories_about_a_passage_have_one():
-    for row in load("dolly_train"):
-        if row["category"] in ("closed_qa", "information_extraction", "summarization"):
-            assert "### Input:" in row["prefix"]
-        elif row["category"] != "classification":
-            assert "### Input:" not in row["prefix"]
-
-
-def test_dolly_varies_in_length_and_script():
-    texts = [row["text"] for row in load("dolly_train")]
-    assert min(map(len, texts)) <= 15
-    assert max(map(len, texts)) >= 500
-    everything = "".join(texts)
-    for char in "“é€日🥐–":
-        assert char in everything, char
 
 
 # ------------------------------------------------------------------------------------------------------------- math

@@ -4,7 +4,6 @@ import copy
 import errno
 import json
 import logging
-import math
 import os
 import shutil
 import threading
@@ -264,7 +263,7 @@ def test_a_second_run_waits(cache, caplog):
         assert not entered.wait(0.3)
     assert entered.wait(10)
     thread.join()
-    assert "Another run is filling" in caplog.text
+    assert "waiting for it" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------- the top K alone
@@ -452,18 +451,3 @@ def test_a_teacher_that_is_fed_the_students_tokens(model, tmp_path):
     cache.open()
     side = side_of([dataset[1], dataset[0]], prefix="")
     torch.testing.assert_close(StoredTeacher(cache).logits(side), live.logits(side), rtol=1e-5, atol=1e-5)
-
-
-def test_half_of_the_size_costs_little(model, tmp_path):
-    """bfloat16 keeps 8 bits of a number: logits move by well under a hundredth of their range."""
-    dataset = dataset_of([9, 12, 7])
-    exact, _ = fill_all(model, dataset, tmp_path)
-    half, _ = fill_all(model, dataset, tmp_path, stored_dtype="bfloat16")
-    assert exact.folder != half.folder
-    side = side_of([dataset[i] for i in range(3)])
-    logits = [StoredTeacher(cache).logits(side) for cache in (exact, half)]
-    difference = (logits[0] - logits[1]).abs().max()
-    assert 0 < difference < 0.01 * (logits[0].max() - logits[0].min())
-    rows = sum(len(d) for d in dataset["byte_ends"])
-    sizes = [sum(f.stat().st_size for f in cache.folder.glob("part-*")) for cache in (exact, half)]
-    assert sizes[0] - sizes[1] == pytest.approx(rows * 16 * 2, abs=64) and math.isfinite(difference)

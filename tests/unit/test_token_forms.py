@@ -1,7 +1,6 @@
 """Token forms: what each token stands for, and that the forms of a text's tokens give the text back."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -71,9 +70,7 @@ def assert_gives_the_words_back(tokenizer, forms: TokenForms, text: str) -> None
     if tokenizer.unk_token_id in ids:
         return
     joined = b"".join(forms.forms[token_id] for token_id in ids).decode()
-    assert "".join(joined.split()) == "".join(
-        tokenizer.backend_tokenizer.normalizer.normalize_str(text).split()
-    )
+    assert "".join(joined.split()) == "".join(tokenizer.backend_tokenizer.normalizer.normalize_str(text).split())
 
 
 def data_texts() -> list[str]:
@@ -133,31 +130,20 @@ def test_wordpiece_gives_the_words_back(zoo, forms_of, text):
     ("name", "token", "form"),
     [
         ("gpt2", "Ġthe", b" the"),
-        ("gpt2", "the", b"the"),
         ("gpt2", "Ċ", b"\n"),
         ("gpt2", "ĉ", b"\t"),
-        ("gpt2", "Ã©", "é".encode()),
         ("gpt2", "Ã", b"\xc3"),
-        ("gpt2", "_", b"_"),
-        ("opt", "Ġthe", b" the"),
         ("opt", "</s>", b"</s>"),
-        ("qwen2", "Ġthe", b" the"),
         ("qwen2", "<|im_end|>", b"<|im_end|>"),
         ("qwen2", "<tool_call>", b"<tool_call>"),
         ("llama-3", "ĠĠĠĠ", b"    "),
         ("llama-3", "<|reserved_special_token_0|>", b"<|reserved_special_token_0|>"),
-        ("smollm2", "Ġthe", b" the"),
         ("llama-2", "▁the", b" the"),
-        ("llama-2", "the", b"the"),
         ("llama-2", "<0x0A>", b"\n"),
         ("llama-2", "<0xC3>", b"\xc3"),
-        ("llama-2", "é", "é".encode()),
         ("phi-3", "▁the", b" the"),
-        ("phi-3", "<0x09>", b"\t"),
         ("phi-3", "<|end|>", b"<|end|>"),
-        ("gemma-2", "▁the", b" the"),
         ("gemma-2", "<0x0D>", b"\r"),
-        ("gemma-2", "\n\n", b"\n\n"),
         ("gemma-2", "▁▁", b"  "),  # an added token and still what two spaces become
         ("gemma-2", "<unused0>", b"<unused0>"),
     ],
@@ -323,13 +309,6 @@ def test_the_fingerprint_tells_vocabularies_apart():
     assert len({forms.fingerprint for forms in (base, *others)}) == 7
     padded = TokenForms("other/name", base.forms, base.is_special, base.is_byte_fallback, {"pad": 1})
     assert padded.fingerprint == base.fingerprint
-
-
-def test_the_largest_vocabulary_is_read_in_three_seconds():
-    tokenizer = load_real("gemma-2")
-    start = time.process_time()
-    token_forms(tokenizer)
-    assert time.process_time() - start < 3.0
 
 
 def make(forms: list[bytes], special=(), byte_fallback=()) -> TokenForms:

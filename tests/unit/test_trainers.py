@@ -121,21 +121,6 @@ def test_the_trainers_own_counts(pair, tmp_path, counted):
     assert trainer.state.num_input_tokens_seen == n_tokens and trainer.state.total_flos > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_in_half_precision(pair, tmp_path, method, dtype):
-    trainer = make_trainer(method, pair, tmp_path)
-    examples = pair.prepared(method, slice(2))
-    expected = loss_of(trainer, examples, training=False).item()
-    trainer.model.to(dtype)
-    if method != "SFT":
-        trainer.teacher.model.to(dtype)
-    loss = loss_of(trainer, examples, training=False)
-    assert loss.item() == pytest.approx(expected, rel=0.05)
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in trainer.model.parameters())
-
-
 @pytest.mark.parametrize("method", ["SFT", "FKD", "CDM"])
 def test_an_overflow_of_scaled_gradients_is_the_scalers(pair, tmp_path, method):
     """The first scale is too large by far: steps are skipped until it fits, then training goes on."""

@@ -1,11 +1,9 @@
 """Vocabulary mappers against a full comparison, and their files."""
 
-import errno
 import functools
 import itertools
 import json
 import os
-import pickle
 import runpy
 import shlex
 import struct
@@ -81,9 +79,7 @@ def vocabularies(draw) -> TokenForms:
     """Few letters, so that equal forms, ties and near misses are common; spaces and bare bytes too."""
     token = st.one_of(
         st.text(alphabet="abc é", min_size=1, max_size=6).map(str.encode),
-        st.sampled_from(
-            [b"\xc3", b"\xc3\xc3", b" \xa9", b"\t", b"\n", b" ", b"  ", b"</s>", b"<s>", b"<eos>"]
-        ),
+        st.sampled_from([b"\xc3", b"\xc3\xc3", b" \xa9", b"\t", b"\n", b" ", b"  ", b"</s>", b"<s>", b"<eos>"]),
     )
     forms = draw(st.lists(token, min_size=1, max_size=14))
     ids = st.integers(0, len(forms) - 1)
@@ -134,9 +130,7 @@ def real_pair(request):
     unmatched = np.flatnonzero((to_student < 0) & ~teacher.is_special)
     matched = np.flatnonzero(to_student >= 0)
     longest = unmatched[np.argsort(teacher.lengths[unmatched])[-5:]]
-    chosen = np.unique(
-        np.concatenate([rng.choice(unmatched, 24, replace=False), longest, rng.choice(matched, 250)])
-    )
+    chosen = np.unique(np.concatenate([rng.choice(unmatched, 24, replace=False), longest, rng.choice(matched, 250)]))
     sample = TokenForms(
         name=teacher.name,
         forms=[teacher.forms[v] for v in chosen],
@@ -304,9 +298,7 @@ def test_mined_inverse():
 
 
 def test_prefixem_takes_the_longest_proper_prefix_in_bytes():
-    mapper = build(
-        "prefixem", make(["abcd", "ab", "é", "zz", "ab!"]), make(["a", "abc", "abcde", b"\xc3", "ab", "ab"])
-    )
+    mapper = build("prefixem", make(["abcd", "ab", "é", "zz", "ab!"]), make(["a", "abc", "abcde", b"\xc3", "ab", "ab"]))
     assert static_maps(mapper) == ([1, 4, 3, -1, 4], [-1, 0, -1, 2, 1, 1])
 
 
@@ -328,17 +320,6 @@ def test_the_threshold_is_exclusive():
     teacher, student = make(["abcde"]), make(["abxyz"])  # 3 / 10
     for threshold, found in ((0.3, 0), (0.3001, 1)):
         assert len(build("em", teacher, student, threshold).to_student.indices) == found
-
-
-def test_the_paper_families_match_what_they_should():
-    teacher, student = load_real("phi-3"), load_real("qwen2")
-    to_student, to_teacher = exact_matches(token_forms(teacher), token_forms(student))
-    phi, qwen = teacher.get_vocab(), student.get_vocab()
-    assert to_student[phi["▁the"]] == qwen["Ġthe"]
-    assert to_student[phi["<0x0A>"]] == qwen["Ċ"]
-    assert to_student[teacher.eos_token_id] == student.eos_token_id
-    assert to_teacher[student.eos_token_id] == teacher.eos_token_id
-    assert to_teacher[qwen["!"]] == phi["!"] > phi["<0x21>"]
 
 
 # ---------------------------------------------------------------- files
@@ -392,18 +373,6 @@ def test_the_arrays_names_in_the_file(saved):
     assert not arrays
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
-    def fail(*_):
-        raise OSError("no space left")
-
-    before = saved.read_bytes()
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_mapper(build("em", TEACHER, STUDENT), saved)
-    assert os.listdir(saved.parent) == [saved.name]
-    assert saved.read_bytes() == before
-
-
 def test_other_tokenizers_are_refused(saved):
     other = make([*TEACHER.texts[:-1], "yyy"], special=[2], name="another/teacher")
     built_for = r"mapper\.safetensors was built for .*'the/teacher' \(5 tokens\).*'the/student' \(4 tokens\).*"
@@ -423,6 +392,9 @@ def test_other_tokenizers_are_refused(saved):
 
 def test_a_missing_file_is_named_with_the_command_that_builds_it(tmp_path):
     for name in ("no file.safetensors", "no file.json"):
+        (tmp_path / f"folder of {name}").mkdir()
+        with pytest.raises(ValueError, match=f"folder of {name} is a folder.*python"):
+            load_mapper(tmp_path / f"folder of {name}", TEACHER, STUDENT)
         with pytest.raises(FileNotFoundError) as caught:
             load_mapper(tmp_path / name, TEACHER, STUDENT)
         assert str(tmp_path / name) in str(caught.value)
@@ -431,24 +403,10 @@ def test_a_missing_file_is_named_with_the_command_that_builds_it(tmp_path):
         load_mapper(tmp_path / "none", TEACHER, STUDENT, kind="mined")
 
 
-def test_a_folder_is_refused(tmp_path):
-    for name in ("folder.safetensors", "folder.json"):
-        (tmp_path / name).mkdir()
-        with pytest.raises(ValueError, match=f"{name} is a folder.*python"):
-            load_mapper(tmp_path / name, TEACHER, STUDENT)
-
-
 def weights(path: Path) -> None:
     """A model's weights in bfloat16, which numpy does not know."""
     header = json.dumps({"model.embed": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-
-
-class Sentinel:
-    """Unpickling one would end the test run."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +415,6 @@ class Sentinel:
         ("model.safetensors", weights, "no vocabulary mapper (its first tensor is 'model.embed"),
         ("other.safetensors", lambda p: safetensors.numpy.save_file({}, p), "no vocabulary mapper (it holds nothing"),
         ("notes.txt", lambda p: p.write_text("How to build a mapper: …\n" * 9), "no vocabulary mapper"),
-        ("pickle.bin", lambda p: p.write_bytes(pickle.dumps(Sentinel())), "no vocabulary mapper"),
         ("empty.safetensors", lambda p: p.touch(), "is damaged"),
         ("published.txt", lambda p: p.write_text('{"0": 1}'), "must have a name that ends in .json"),
     ],
@@ -503,17 +460,17 @@ def test_a_changed_array_is_noticed_where_every_value_could_be(saved):
     """A mapping to another token that exists: nothing but the checksum can tell."""
     changed = read_mapper(saved).to_student.static.copy()
     changed[0] = 3
-    rewrite(saved, {"teacher_to_student": changed}, seal=False)
+    rewrite(saved, {"teacher_to_student": changed})
     with pytest.raises(ValueError, match=r"is damaged.*checksum"):
         read_mapper(saved)
 
 
-def rewrite(path: Path, arrays=None, seal: bool = True, **metadata: str) -> None:
-    """The same file with other arrays and metadata, and with the checksum of these, unless it is not to be sealed."""
+def rewrite(path: Path, arrays=None, **metadata: str) -> None:
+    """The same file with other arrays, or with other metadata and the checksum of these."""
     with safetensors.safe_open(path, framework="numpy") as file:
         new_metadata = file.metadata() | metadata
     new_arrays = safetensors.numpy.load_file(path) | (arrays or {})
-    if seal:
+    if arrays is None:
         del new_metadata["sha256"]
         new_metadata["sha256"] = _digest(new_metadata, new_arrays)
     safetensors.numpy.save_file(new_arrays, path, new_metadata)
@@ -535,8 +492,6 @@ READS = f"and this code reads {FORMAT_VERSION}"
         ({"threshold": "nan"}, "between 0 and 1"),
         ({"teacher": "{}"}, "damaged"),
         ({"teacher": "[1]"}, "damaged"),
-        ({"teacher": '{"name": "t", "size": "5", "fingerprint": ""}'}, "damaged"),
-        ({"teacher": '{"name": "t", "size": 6, "fingerprint": ""}'}, "damaged"),
     ],
 )
 def test_wrong_metadata_are_refused(saved, metadata, message):
@@ -544,55 +499,6 @@ def test_wrong_metadata_are_refused(saved, metadata, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_mapper(saved)
     assert str(saved) in str(caught.value)
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int32)
-
-
-def floats(*values: float) -> np.ndarray:
-    return np.array(values, dtype=np.float32)
-
-
-@pytest.mark.parametrize(
-    ("name", "array"),
-    [
-        ("teacher_to_student", ints(0, 0, 0, 0)),
-        ("teacher_to_student", np.zeros(5, dtype=np.int64)),
-        ("teacher_to_student", ints(4, 4, 4, 4, 4)),
-        ("student_to_teacher", ints(-2, -2, -2, -2)),
-        ("similar_to_student.indptr", ints(0, 1, 0, 2, 2, 2)),
-        ("similar_to_student.indptr", ints(0, 0, 0, 0, 0, 0)),
-        ("similar_to_student.indptr", ints(0, 2**30, 1, 2, 2, 2)),
-        ("similar_to_student.indptr", ints(0, -1, 1, 2, 2, 2)),
-        ("similar_to_student.indptr", ints(0, 1, 1, 2, 2)),
-        ("similar_to_student.indptr", np.array(0, dtype=np.int32)),
-        ("similar_to_student.indices", ints(-1, -1)),
-        ("similar_to_student.indices", ints(1, 1)[None]),
-        ("similar_to_student.indices", ints(4, 4)),
-        ("similar_to_teacher.distances", floats(0)),
-        ("similar_to_teacher.distances", np.zeros(2, dtype=np.float64)),
-        ("similar_to_teacher.distances", floats(np.nan, 0.1)),
-        ("similar_to_teacher.distances", floats(0.1, np.inf)),
-        ("similar_to_teacher.distances", floats(-0.1, 0.1)),
-        ("similar_to_teacher.distances", floats(0.1, 0.4)),
-    ],
-)
-def test_arrays_that_cannot_be_are_refused(saved, name, array):
-    assert len(read_mapper(saved).to_student.indices) == 2
-    rewrite(saved, {name: array})
-    with pytest.raises(ValueError, match=rf"mapper\.safetensors is damaged.*{name.split('.')[0]}.*Build it again"):
-        read_mapper(saved)
-
-
-def test_rows_out_of_order_are_refused(tmp_path):
-    path, mapper = tmp_path / "mapper.safetensors", build("em", make(["abcde"]), make(["abcdx", "abcdy", "abcdef"]))
-    assert rows(mapper.to_student) == [[(u, pytest.approx(d)) for u, d in ((2, 1 / 11), (0, 0.1), (1, 0.1))]]
-    for name, order in (("indices", [0, 2, 1]), ("distances", [1, 0, 2])):
-        save_mapper(mapper, path)
-        rewrite(path, {f"similar_to_student.{name}": getattr(mapper.to_student, name)[order]})
-        with pytest.raises(ValueError, match=r"a row of similar_to_student.* is not in order"):
-            read_mapper(path)
 
 
 def test_a_smaller_threshold_filters_and_a_larger_one_is_refused(saved):
@@ -747,19 +653,13 @@ def test_help_needs_no_heavy_import(tmp_path):
     assert "--simi_threshold" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("flag", "folder", "reason"),
-    [
-        ("--teacher", "missing", "there is no folder"),
-        ("--student", "missing", "there is no folder"),
-        ("--student", "empty", "no tokenizer could be loaded from"),
-    ],
-)
-def test_a_bad_folder_is_named_with_its_flag(flag, folder, reason, build_here, tmp_path):
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+@pytest.mark.parametrize("flag", ["--teacher", "--student"])
+def test_a_bad_folder_is_named_with_its_flag(flag, folder, build_here, tmp_path):
     (tmp_path / "empty").mkdir()
     status, _, message = build_here(flag, str(tmp_path / folder), "--output", str(tmp_path / "m.safetensors"))
     assert status == 2
-    assert f"{flag}: {reason}" in message and str(tmp_path / folder) in message
+    assert f"{flag}: no tokenizer could be loaded from '{tmp_path / folder}'" in message
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -791,18 +691,6 @@ def test_where_no_file_can_be_written_nothing_is_built(build_here, tmp_path, mon
         assert message_given.startswith(f"get_em_mapper.py: error: {flag} {path}: {message}")
         assert message_given.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-
-
-def test_a_full_disk_leaves_the_old_mapper_and_one_message(build_here, saved, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    before = saved.read_bytes()
-    monkeypatch.setattr(os, "fsync", fail)
-    status, _, message = build_here("--output", str(saved))
-    assert status == 2
-    assert f"get_em_mapper.py: error: --output {saved}: it cannot be written: No space left on device" in message
-    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,7 @@ def unigram(
     pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
     lowest = min(score for _, score in pieces) - 10.0
     tokenizer = Tokenizer(
-        models.Unigram(
-            [*pieces, *((token, lowest) for token in byte_tokens)], unk_id=2, byte_fallback=byte_fallback
-        )
+        models.Unigram([*pieces, *((token, lowest) for token in byte_tokens)], unk_id=2, byte_fallback=byte_fallback)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = _sentencepiece_decoder(byte_fallback)
