@@ -27,6 +27,7 @@ FILE_TYPES = (".py", ".sh", ".md", ".html", ".svg", ".png", ".toml", ".txt")
 OF_THE_READER = ("outputs/", "evalplus/", "tokenizers/", "modeling/run_clm_tvd.py", "run_clm_NAME.py")
 WRITTEN_BY_RUNS = ("table.md", "curves.png", "scores.png")
 OF_OTHER_PROGRAMS = {"--help", "--nproc_per_node", "--apply_chat_template"}
+OF_OTHER_PROGRAMS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--time", "--signal"}  # Slurm's, up to a hyphen
 NO_BENCHMARKS = ("__init__.py", "device.py")
 BENCHMARKS = [path for path in (ROOT / "tests/benchmarks").glob("*.py") if path.name not in NO_BENCHMARKS]
 PARSED_SCRIPTS = (
@@ -209,6 +210,9 @@ def test_every_command_parses(readme, command, options, tmp_path, pytestconfig):
         assert done.returncode == 0, done.stderr
         *_, last = done.stdout.splitlines()
         printed = shlex.split(last)
+        if printed[1] == "-m":  # a launcher, with words of its own
+            printed = printed[next(i for i, word in enumerate(printed) if word.endswith(".py")) - 1 :]
+            assert printed.pop(printed.index("--deepspeed") + 1).endswith(".json")
         assert {word for word in printed if word.startswith("--")} <= options[Path(printed[1])]
 
 
