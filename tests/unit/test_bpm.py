@@ -160,7 +160,7 @@ class Vocabulary(Encoder):
     def __init__(self, *forms: bytes):
         special = np.arange(len(forms) + 1) == len(forms)
         self.forms = TokenForms("made", [*forms, b"</s>"], special, ~special & False, {"eos": len(forms)})
-        self.eos_id, self.tokenizer = len(forms), None
+        self.stop_ids, self.tokenizer = (len(forms),), None
 
     pad_id = 0
 
