@@ -135,8 +135,9 @@ choose_nodes() {
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     fi
     MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
-    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) ||
+    if [[ ! ${NODE_RANK:-} =~ ^[0-9]+$ ]] || ((NODE_RANK >= NNODES)); then
         die "NNODES=$NNODES, and NODE_RANK=${NODE_RANK:-} is none of 0 to $((NNODES - 1)). Give each machine its own."
+    fi
     [[ -n $MASTER_ADDR ]] || die "NNODES=$NNODES needs MASTER_ADDR, the first machine as the others reach it."
 }
 
