@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modeling.losses.divergences import (
@@ -75,12 +75,13 @@ class TestSortedDistance:
         assert sorted_distance_rows(2 * student, 2 * teacher, temperature=2.0).tolist() == pytest.approx([0.5, 0.5])
 
     @given(SEEDS, TEMPERATURES, st.integers(2, 20), st.integers(2, 20))
+    @example(127, 0.5, 2, 2)  # two that differ by less than a float32 tells: a kink
     @cases(25)
     def test_the_oracle(self, seed, temperature, teacher_columns, student_columns):
         teacher = random_logits(9, teacher_columns, seed=seed)
         student = random_logits(9, student_columns, seed=seed + 1, requires_grad=True)
         expected = baseline_oracles.uld(teacher, student, temperature)
-        assert_same(sorted_distance_rows(student, teacher, temperature), expected, student)
+        assert_same(sorted_distance_rows(student, teacher, temperature), expected, student, atol=5e-5)
 
     def test_equal_distributions_have_no_gradient(self):
         student = random_logits(3, 7, requires_grad=True)
