@@ -224,6 +224,11 @@ def test_contradictions(error_of, arguments, message, monkeypatch):
     assert message in error_of(**arguments)
 
 
+def test_liger_kernels_on_a_cpu(error_of, monkeypatch):
+    monkeypatch.setattr(f"{TrainingArguments.__module__}.is_liger_kernel_available", lambda: True)
+    assert "--use_liger_kernel is True: leave it out on a CPU" in error_of(use_liger_kernel="true")
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
