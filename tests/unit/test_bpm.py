@@ -122,7 +122,7 @@ def data_rows():
 def test_real_pairs(real):
     """A piece of each data set, accents, CJK, emoji that both sides split, tabs; one response is cut."""
     student, teacher, boundary = real
-    pieces = [(f"{prefix}\n", text[:40]) for prefix, text in data_rows()] + [("Q: ", text) for text in HARD]
+    pieces = [(f"{prefix}\n", text[:20]) for prefix, text in data_rows()] + [("Q: ", text) for text in HARD]
     rows = [{"row": i, "prefix": prefix, "text": text} for i, (prefix, text) in enumerate(pieces)]
     collate = ResponseCollator(student, teacher, "prefix")
     for row in rows:
