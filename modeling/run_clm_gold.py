@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from modeling.errors import one_message
-from modeling.losses.divergences import largest_and_rest, log_likelihood_rows, softmax_rows
+from modeling.losses.divergences import jsd_terms, largest_and_rest, log_likelihood_rows, softmax_rows
 from modeling.losses.logits import Logits, PickedRows
 from modeling.losses.result import Losses
 from modeling.losses.rows import StudentRows
@@ -128,10 +128,7 @@ def gold_losses(
         log_earlier.append(side.sums(log_p) - log_p[side.last_row])
 
     def distances(student: Tensor, teacher: Tensor, *log_earlier: Tensor) -> Tensor:
-        merged = [
-            softmax_rows(z, temperature) * log[:, None].exp()
-            for z, log in zip((student, teacher), log_earlier)
-        ]
+        merged = [softmax_rows(z, temperature) * log[:, None].exp() for z, log in zip((student, teacher), log_earlier)]
         return _distances(*merged, columns, beta)
 
     group = groups.student.group
@@ -152,20 +149,10 @@ def _distances(student: Tensor, teacher: Tensor, columns: Columns, beta: float) 
     P^S."""
     p = student.index_select(1, columns.matched.student).clamp(min=FLOOR)
     q = teacher.index_select(1, columns.matched.teacher).clamp_(min=FLOOR)
-    with torch.no_grad():  # ∂JSD/∂p, of each token, is all that the gradient needs
-        log_p, log_q = p.log(), q.log()
-        if beta == 0:
-            jsd, by_p = log_q.sub_(log_p).mul_(q).sum(-1), (q / p).neg_()
-        elif beta == 1:
-            by_p = log_p.sub_(log_q)
-            jsd = (p * by_p).sum(-1)
-            by_p += 1
-        else:
-            log_m = torch.lerp(p, q, beta).log_()
-            by_p = log_p.sub_(log_m).mul_(1 - beta)
-            jsd = log_q.sub_(log_m).mul_(beta * q).sum(-1) + (p * by_p).sum(-1)
-        by_factor = (by_p * p).masked_fill_(p <= FLOOR, 0.0).sum(-1)
-    linear = (p * by_p).sum(-1)
+    with torch.no_grad():
+        jsd, of_p = jsd_terms(p, p.log(), q, beta)
+        by_p, by_factor = of_p / p, of_p.masked_fill_(p <= FLOOR, 0.0).sum(-1)
+    linear = (p * by_p).sum(-1)  # it has the gradient of jsd
     jsd = linear - linear.detach() + jsd
 
     others = student.index_select(1, columns.others.student), teacher.index_select(1, columns.others.teacher)

@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from modeling.losses.logits import LEAST_LOGIT, as_float
 
+FLOOR = 1e-12  # of a probability in a logarithm
+LARGEST_RATIO = 1e30  # what stands for a log-ratio of +∞, times which a probability of 0 is 0
+
 
 def kl_rows(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """τ² · KL(p ‖ q) of every row, with p = softmax(p_logits / τ) and q likewise.
@@ -61,7 +64,7 @@ class _KL(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # τ² ∂KL/∂z^p = τ · p · (log p/q − KL)
             p = _shifted(p_logits, p_largest, ctx.temperature).clamp_(min=LEAST_LOGIT)
             of_p = _shifted(q_logits, q_largest, ctx.temperature)
-            torch.sub(p, of_p, out=of_p).clamp_(max=_LARGEST).sub_(shift).mul_(p.exp_()).mul_(scale / p_total)
+            torch.sub(p, of_p, out=of_p).clamp_(max=LARGEST_RATIO).sub_(shift).mul_(p.exp_()).mul_(scale / p_total)
         if ctx.needs_input_grad[1]:  # τ² ∂KL/∂z^q = τ · (q − p)
             of_q = _shifted(q_logits, q_largest, ctx.temperature).exp_().mul_(scale / q_total)
             of_q.addcmul_(_shifted(p_logits, p_largest, ctx.temperature).exp_(), scale / p_total, value=-1)
@@ -74,17 +77,11 @@ def _shifted(logits: Tensor, largest: Tensor, temperature: float, out: Tensor | 
     return shifted if temperature == 1 else shifted.mul_(1 / temperature)
 
 
-_LARGEST = 1e30  # what stands for a log-ratio of +∞, times which a probability of 0 is 0
-
-
 def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
     """`[r]`: Σ p · log_ratio, in which tokens that p rules out add nothing, even at +∞. `log_ratio` is overwritten."""
-    values = log_ratio.clamp_(max=_LARGEST).mul_(p).sum(-1)
+    values = log_ratio.clamp_(max=LARGEST_RATIO).mul_(p).sum(-1)
     # Only a ratio of ∞ makes a sum so large.
     return values.masked_fill_(values > 1e9, torch.inf)
-
-
-FLOOR = 1e-12  # of a probability in a logarithm
 
 
 def jsd_to_target_rows(
@@ -128,8 +125,8 @@ class _JSDToTarget(torch.autograd.Function):
         exp.index_add_(1, columns, exp.index_select(1, columns).masked_fill_(no_token, 0.0), alpha=-1)
         left = exp.sum(-1) / total
         rest_p = left.clamp(min=FLOOR)
-        value, of_p = _jsd_terms(p, log_p, q, beta)
-        rest_value, of_rest = _jsd_terms(*(x[:, None] for x in (rest_p, rest_p.log(), rest_q)), beta)
+        value, of_p = jsd_terms(p, log_p, q, beta)
+        rest_value, of_rest = jsd_terms(*(x[:, None] for x in (rest_p, rest_p.log(), rest_q)), beta)
         if ctx.needs_input_grad[0]:
             of_rest = of_rest.squeeze(1) * (left > FLOOR)
             ctx.temperature = temperature
@@ -150,22 +147,22 @@ class _JSDToTarget(torch.autograd.Function):
         return of_z.mul_(ctx.temperature * gradient[:, None]), None, None, None, None
 
 
-def _jsd_terms(p: Tensor, log_p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`[r]`: JSD_β over categories `[r, c]`; `[r, c]`: p times its derivative by p (but for p times a constant).
+def jsd_terms(p: Tensor, log_p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`[r]`: Σ of JSD_β's terms over categories `[r, c]`; `[r, c]`: p times its derivative by p.
 
-    Where q is 0, p is too, and `log_p` may be anything.
+    The probabilities need not sum to 1. Where q is 0, p is too, and `log_p` may be anything.
     """
     tiny = torch.finfo(p.dtype).tiny
     log_p = log_p.clamp(min=math.log(tiny))  # a token that p rules out: 0 · −∞ is NaN
     if beta == 1:
-        of_p = (log_p - q.clamp(min=FLOOR).log_()).mul_(p)
-        return of_p.sum(-1), of_p
+        terms = (log_p - q.clamp(min=FLOOR).log_()).mul_(p)
+        return terms.sum(-1), terms.add_(p)
     log_q = q.clamp(min=tiny).log_()
     if beta == 0:
-        return torch.linalg.vecdot(q, log_q.sub_(log_p)), -q
+        return log_q.sub_(log_p).mul_(q).sum(-1), -q
     log_m = torch.lerp(p, q, beta).clamp_(min=tiny).log_()
     of_p = log_p.sub_(log_m).mul_(p).mul_(1 - beta)
-    return torch.linalg.vecdot(q, log_q.sub_(log_m)).mul_(beta).add_(of_p.sum(-1)), of_p
+    return log_q.sub_(log_m).mul_(q).sum(-1).mul_(beta).add_(of_p.sum(-1)), of_p
 
 
 def softmax_rows(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -220,9 +217,7 @@ def sorted_distance_rows(p_logits: Tensor, q_logits: Tensor, temperature: float 
     not over which tokens, so the vocabularies `[r, V]` and `[r, V']` need nothing in common. The shorter one is padded
     with zeros. The gradient is a subgradient: 0 where two probabilities are equal.
     """
-    p, q, rest_p, rest_q = largest_and_rest(
-        *(torch.softmax(as_float(z) / temperature, -1) for z in (p_logits, q_logits))
-    )
+    p, q, rest_p, rest_q = largest_and_rest(*(softmax_rows(z, temperature) for z in (p_logits, q_logits)))
     return (p - q).abs().sum(-1) + rest_p + rest_q
 
 
