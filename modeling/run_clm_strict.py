@@ -29,14 +29,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modeling.errors import InputError, one_message
+from modeling.errors import one_message, user_input
 from modeling.losses.divergences import jsd_rows, kl_rows
 from modeling.losses.logits import Logits, PickedRows
 from modeling.losses.result import Losses
 from modeling.losses.rows import StudentRows
 from modeling.losses.shared_tokens import SharedTokens, shared_topk
 from modeling.text.batch import Batch
-from modeling.training.arguments import MapperArguments, check
+from modeling.training.arguments import MapperArguments, check, require_likelihoods
 from modeling.training.run import Run
 from modeling.training.trainer import DistillationTrainer
 
@@ -170,12 +170,9 @@ class StrictTrainer(DistillationTrainer):
 def main() -> None:
     run = Run(__doc__, method=StrictArguments)
     args = run.method
-    if args.span_weight and run.distillation.teacher_cache_topk:
-        raise InputError(
-            f"--teacher_cache_topk is {run.distillation.teacher_cache_topk}: leave it out with --span_weight, which "
-            "reads the teacher's probability of the text's own tokens. Of one that is not among the K largest, only an "
-            "equal share of the rest is kept."
-        )
+    if args.span_weight:
+        with user_input():
+            require_likelihoods(run.distillation, "leave it out with --span_weight, which reads")
     settings = {"topk": args.topk, "divergence": args.divergence, "span_weight": args.span_weight}
     run.train(StrictTrainer, alignment="byte", shared=run.shared_tokens(), **settings)
 

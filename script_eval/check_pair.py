@@ -24,16 +24,16 @@ from pathlib import Path
 
 import torch
 from eval_records import text_table, write_json
+from show_alignment import encoders_of, predicting_logits, side_of
 from transformers import AutoModelForCausalLM
 
-from get_vocab_mapper.builders import exact_matches
+from get_vocab_mapper.builders import Matches, exact_matches
 from modeling.errors import InputError, one_message, user_input
 from modeling.losses.rows import StudentRows
 from modeling.models.language_model import LanguageModel
-from modeling.models.output_head import logits_at
 from modeling.text.batch import ResponseCollator
 from modeling.text.encoder import Encoder, prepare_example
-from modeling.text.ends import fold_ends, shared_ends
+from modeling.text.ends import fold_ends
 from modeling.text.messages import ChatRows
 from modeling.text.pair import PairFigures
 from modeling.text.rows import are_chat_rows, read_rows
@@ -152,10 +152,9 @@ def check_splitting(encoders: dict[str, Encoder], findings: Findings) -> dict[st
 
 
 def prepared_rows(
-    file: str, chat: ChatRows | None, encoders: dict[str, Encoder], block_size: int, limit: int, findings: Findings
+    file: str, rows: list[dict], encoders: dict[str, Encoder], block_size: int, findings: Findings
 ) -> list[dict]:
     """The examples that training would use; what it would leave out or cut is found."""
-    rows = list(islice(read_rows(file, chat), limit))
     examples = [prepare_example(row, list(encoders.values()), block_size) for row in rows]
     usable = [example for example in examples if not example["fault"]]
     left_out = [(example["row"], example["fault"]) for example in examples if example["fault"]]
@@ -184,10 +183,10 @@ def longest_rows(described: dict, examples: list[dict], block_size: int, finding
 
 
 def check_alignment(
-    encoders: dict[str, Encoder], examples: list[dict], findings: Findings
+    encoders: dict[str, Encoder], matches: Matches, examples: list[dict], findings: Findings
 ) -> tuple[PairFigures, float]:
     """The pair's figures, and the share of student tokens that dynamic time warping aligns exactly."""
-    figures = PairFigures.of(*encoders.values(), examples)
+    figures = PairFigures.of(*encoders.values(), matches, examples)
     batch = ResponseCollator(*encoders.values(), "dtw")(examples[:DTW_ROWS])
     aligned = batch.groups.aligned / len(batch.student.labels)
     alone = figures.one_to_one[0]
@@ -208,22 +207,23 @@ def check_alignment(
 
 @torch.no_grad()
 def measure_models(
-    sides: dict[str, LanguageModel], encoders: dict[str, Encoder], examples: list[dict], dtype: str, findings: Findings
+    sides: dict[str, LanguageModel],
+    encoders: dict[str, Encoder],
+    matches: Matches,
+    examples: list[dict],
+    dtype: str,
+    findings: Findings,
 ) -> dict[str, dict[str, float]]:
     """Bits a byte of the responses on each side, and the probability of the tokens that both sides have."""
-    found = exact_matches(encoders["teacher"].forms, encoders["student"].forms)
-    shared = {"student": found.to_teacher >= 0, "teacher": found.to_student >= 0}
-    measured = {}
+    shared = {"student": matches.to_teacher >= 0, "teacher": matches.to_student >= 0}
+    collate, measured = ResponseCollator(*encoders.values()), {}
     for name, side in sides.items():
-        model, encoder = side.load(dtype).eval(), encoders[name]
-        columns = torch.from_numpy(shared[name])
+        model, columns = side.load(dtype).eval(), torch.from_numpy(shared[name])
         nats = mass = tokens = n_bytes = 0.0
         for example in examples:
-            batch = ResponseCollator(*encoders.values())([example])
+            batch = collate([example])
             tokens_of = getattr(batch, name)
-            inputs = {"input_ids": tokens_of.input_ids, "attention_mask": tokens_of.attention_mask}
-            logits = logits_at(model, tokens_of.predictor_rows, len(encoder.forms), **inputs).float()
-            logits = fold_ends(logits, encoder.stop_ids)
+            logits = fold_ends(predicting_logits(side, model, tokens_of).float(), tokens_of.stop_ids)
             nats += StudentRows(logits, tokens_of.labels).ce.sum().item()
             mass += logits.softmax(-1)[:, columns].sum().item()
             tokens += len(tokens_of.labels)
@@ -303,22 +303,18 @@ def check(args: argparse.Namespace) -> tuple[dict, int]:
     findings, chat = Findings(), None
     if args.chat or are_chat_rows(args.file):
         chat = ChatRows(args.chat, args.train_on, args.system)
-    kwargs = None if chat is None else json.loads(args.template_kwargs)
-    sides = {}
-    for name in SIDES:
-        file = getattr(args, f"{name}_chat_template")
-        template = None if file is None else Path(file).read_text(encoding="utf-8")
-        path = getattr(args, name)
-        sides[name] = LanguageModel(path, name, args.trust_remote_code, chat_template=template, template_kwargs=kwargs)
-    encoders = dict(zip(SIDES, shared_ends(*(side.encoder for side in sides.values()))))
+    sides = {name: side_of(name, args, chats=chat is not None) for name in SIDES}
+    encoders = dict(zip(SIDES, encoders_of(sides)))
     described = describe_sides(sides, encoders, findings)
     check_ends(described, chat is not None, findings)
     result = {"sides": described, "splitting": check_splitting(encoders, findings), "rows": 0}
-    examples = prepared_rows(args.file, chat, encoders, args.block_size, args.rows, findings)
+    rows = list(islice(read_rows(args.file, chat), args.rows))
+    examples = prepared_rows(args.file, rows, encoders, args.block_size, findings)
     figures = None
     if examples:
-        first = next(row for row in read_rows(args.file, chat) if row["row"] == examples[0]["row"])
-        figures, aligned = check_alignment(encoders, examples, findings)
+        first = next(row for row in rows if row["row"] == examples[0]["row"])
+        matches = exact_matches(encoders["teacher"].forms, encoders["student"].forms)
+        figures, aligned = check_alignment(encoders, matches, examples, findings)
         longest = longest_rows(described, examples, args.block_size, findings)
         groups = ", ".join(f"{t}–{s} {n:,}" for (t, s), n in figures.groups.most_common(6))
         result |= {
@@ -332,8 +328,8 @@ def check(args: argparse.Namespace) -> tuple[dict, int]:
             "prompts": {name: encoder.prefix(first) for name, encoder in encoders.items()},
         }
         if args.with_models:
-            models = measure_models(sides, encoders, examples[: args.model_rows], args.dtype, findings)
-            result["models"] = models
+            few = examples[: args.model_rows]
+            result["models"] = measure_models(sides, encoders, matches, few, args.dtype, findings)
     result |= {"findings": findings.found, "methods": fitting(encoders, figures)}
     return result, findings.problems
 
@@ -351,9 +347,9 @@ def main() -> None:
     add("--chat", action="store_true", help="Ask with both chat templates whatever the rows are.")
     add("--train_on", default="last", choices=("last", "all"), help="As in training.")
     add("--system", help="As in training.")
-    add("--template_kwargs", default="{}", help="As in training, a JSON object.")
-    add("--student_chat_template", metavar="FILE", help="As in training.")
-    add("--teacher_chat_template", metavar="FILE", help="As in training.")
+    add("--template_kwargs", type=json.loads, help="As in training, a JSON object.")
+    for name in SIDES:
+        add(f"--{name}_chat_template", type=Path, metavar="FILE", help="As in training.")
     add("--with_models", action="store_true", help="Load both models, and measure them on the first rows.")
     add("--model_rows", type=int, default=16, help="With --with_models: so many rows. Default 16.")
     add("--dtype", default="auto", help="With --with_models, of the weights.")

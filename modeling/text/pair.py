@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from get_vocab_mapper.builders import exact_matches
+from get_vocab_mapper.builders import Matches
 from modeling.text.batch import ResponseCollator
 from modeling.text.encoder import Encoder
 
@@ -32,10 +32,9 @@ class PairFigures:
     groups: Counter[tuple[int, int]]
 
     @classmethod
-    def of(cls, student: Encoder, teacher: Encoder, examples: Sequence[dict]) -> PairFigures:
-        """Of prepared examples, of which one has a response at least."""
+    def of(cls, student: Encoder, teacher: Encoder, found: Matches, examples: Sequence[dict]) -> PairFigures:
+        """Of prepared examples, of which one has a response at least, and the exact matches of the two tokenizers."""
         batch = ResponseCollator(student, teacher, "byte")(list(examples))
-        found = exact_matches(teacher.forms, student.forms)
         sides = (batch.student, found.to_teacher), (batch.teacher, found.to_student)
         sizes = batch.groups.teacher.host_size, batch.groups.student.host_size
         alone = int(((sizes[0] == 1) & (sizes[1] == 1)).sum())

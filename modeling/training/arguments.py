@@ -247,12 +247,21 @@ class LikelihoodArguments(DistillationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.teacher_cache_topk is None,
-            *("teacher_cache_topk", self.teacher_cache_topk),
-            "leave it out: this method reads the teacher's probability of the text's own tokens, and of one that is "
-            "not among the K largest, only an equal share of the rest is kept",
-        )
+        require_likelihoods(self, "leave it out: this method reads")
+
+
+def require_likelihoods(arguments: DistillationArguments, remedy: str) -> None:
+    """Raises ValueError where the teacher's probability of the text's own tokens is not kept.
+
+    Args:
+        remedy: what to do, up to "reads".
+    """
+    check(
+        arguments.teacher_cache_topk is None,
+        *("teacher_cache_topk", arguments.teacher_cache_topk),
+        f"{remedy} the teacher's probability of the text's own tokens, and of one that is not among the K largest, "
+        "only an equal share of the rest is kept",
+    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from get_vocab_mapper.builders import exact_matches
 from get_vocab_mapper.mapper import VocabMapper, build_command
 from get_vocab_mapper.mapper_file import load_mapper
 from get_vocab_mapper.pair_mapper import mapper_for_pair
@@ -218,9 +219,11 @@ class Run:
         datasets = load_data(self.data, self.training, encoders, self.chat)
         if self.teacher is not None:
             if self.training.should_log:
-                examples = next(rows for rows in datasets if rows is not None)
-                figures = PairFigures.of(*encoders, [examples[i] for i in range(min(PAIR_ROWS, len(examples)))])
-                logger.info("The pair, on %d rows: %s.", min(PAIR_ROWS, len(examples)), figures)
+                rows = next(dataset for dataset in datasets if dataset is not None)
+                examples = [rows[i] for i in range(min(PAIR_ROWS, len(rows)))]
+                matches = exact_matches(encoders[1].forms, encoders[0].forms)
+                figures = PairFigures.of(*encoders, matches, examples)
+                logger.info("The pair, on %d rows: %s.", len(examples), figures)
             teachers = (self.distillation, self.training, datasets)
             settings |= {
                 "teacher": load_teacher(self.teacher, *teachers),

@@ -98,17 +98,18 @@ class Bench:
             "resume_from_checkpoint": False,
         }
 
-    def command(self, method: Method, module: str, *further: str) -> list[str]:
+    def command(self, method: Method, module: str) -> list[str]:
         flags = dict(self.common)
         if method.pair != "none":
             flags["teacher_path"] = self.models[method.pair]
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, "-m", module, "--run", *further, str(method.script), *arguments]
+        return [sys.executable, "-m", module, "--run", str(method.script), *arguments]
 
 
-def result_of(command: list[str]) -> dict:
-    """What a process prints behind RESULT."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def result_of(command: list[str], measured: str = "") -> dict:
+    """What a process prints behind RESULT; `measured` is its CDM_BENCH."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CDM_BENCH": measured}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))
@@ -173,9 +174,7 @@ def main() -> None:
         print(f"{'method':8}  {'step':>9}  {'teacher':>9}  {'to FKD':>6}  {'over':>5}")
         step = {name: statistics.median(values) for name, values in times.items()}
         for method in chosen(arguments.methods):
-            os.environ["CDM_BENCH"] = "teacher"
-            teacher = result_of(bench.command(method, "tests.benchmarks.bench_steps"))["teacher"]
-            del os.environ["CDM_BENCH"]
+            teacher = result_of(bench.command(method, "tests.benchmarks.bench_steps"), "teacher")["teacher"]
             took = step[method.name]
             cells = [f"{method.name:8}", f"{1000 * took:6.0f} ms", f"{1000 * teacher:6.0f} ms"]
             cells.append(f"{took / step['FKD']:6.2f}" if "FKD" in step else f"{'–':>6}")

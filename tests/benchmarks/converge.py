@@ -11,27 +11,20 @@ cross-entropy, which was never asked for: what of the text the divergence has ta
 import argparse
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from modeling.models.output_head import logits_at
 from modeling.text.batch import ResponseCollator, Side
+from modeling.text.encoder import Encoder
 from tests.methods import METHODS
-from tests.unit.helpers import Pair
+from tests.unit.helpers import Pair, small_model
 
 N_ROWS = 6
 
 
-def network(vocab_size: int, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.05,
-    )
-    return LlamaForCausalLM(config)
+def network(encoder: Encoder, seed: int) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return small_model(encoder.tokenizer, 0, seed, **sizes, initializer_range=0.05)
 
 
 def logits_of(model: LlamaForCausalLM, side: Side):
@@ -58,7 +51,7 @@ def train(model: LlamaForCausalLM, loss, steps: int, rate: float) -> list[float]
 def trained_teacher(encoder, examples: list[dict]) -> LlamaForCausalLM:
     """Of the texts on its own side."""
     side = ResponseCollator(encoder)(examples).student
-    model = network(len(encoder.forms), seed=2)
+    model = network(encoder, seed=2)
     train(model, lambda m: torch.nn.functional.cross_entropy(logits_of(m, side), side.labels), 60, 3e-3)
     return model.eval()
 
@@ -75,7 +68,7 @@ def converge(pair: Pair, name: str, steps: int) -> dict[str, float]:
     teacher = trained_teacher(encoder, own)
     with torch.no_grad():
         given = logits_of(teacher, batch.teacher)
-    student = network(len(pair.student.forms), seed=1)
+    student = network(pair.student, seed=1)
     ces = []
 
     def divergence(model):

@@ -153,9 +153,8 @@ def main() -> None:
             if arguments.device == "cpu":
                 cells.append("   –")
             else:
-                os.environ["CDM_BENCH"] = "busy"
-                cells.append(f"{result_of(bench.command(method, 'tests.benchmarks.profile_step'))['busy']:4.0%}")
-                del os.environ["CDM_BENCH"]
+                busy = result_of(bench.command(method, "tests.benchmarks.profile_step"), "busy")["busy"]
+                cells.append(f"{busy:4.0%}")
             print("  ".join(cells), flush=True)
 
 

@@ -103,18 +103,12 @@ def groups_of(teacher_sizes, student_sizes):
     return Groups.of([[side + 1 for side in sides]], [sides])
 
 
-def small_model(tokenizer, padding, seed):
+def small_model(tokenizer, padding, seed, **changes):
     """A random Llama whose head has some columns more than the tokenizer has tokens; no uniform outputs."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + padding,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"vocab_size": len(tokenizer) + padding, **sizes, "initializer_range": 0.3, **changes}
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
 def without_response(example):
