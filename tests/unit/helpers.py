@@ -1,10 +1,13 @@
 """What several test modules make and check: random logits, heads, groups, mappers, small models."""
 
+import gc
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -192,3 +195,17 @@ def loss_of(trainer, examples, training=True):
     trainer.model.train(training)
     batch = trainer.data_collator(examples)
     return trainer.compute_loss(trainer.model, batch, num_items_in_batch=1 if training else None)
+
+
+def inside_ddp(model, use, tmp_path):
+    """`use(model as DDP wraps it)`, in a group of one process.
+
+    The group ends after DDP's reducer: as the last owner that waits for the group's threads, the interpreter locked,
+    and they may wait for the interpreter.
+    """
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        use(DistributedDataParallel(model))
+    finally:
+        gc.collect()
+        distributed.destroy_process_group()

@@ -4,8 +4,7 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -24,7 +23,7 @@ from transformers import (
 from modeling.losses.logits import ChunkedLogits
 from modeling.losses.rows import StudentRows
 from modeling.models.output_head import OutputHead, last_hidden_states, logits_at
-from tests.unit.helpers import assert_same
+from tests.unit.helpers import assert_same, inside_ddp
 
 V = 101
 SIZES = {
@@ -162,19 +161,18 @@ def test_adapters_and_wrappers_take_part(tmp_path):
     """A LoRA student inside DDP: the adapters' work is in the hidden states, and gradients reach them."""
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
     student = get_peft_model(make(FAMILIES["qwen2"]), config)
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped, inputs = DistributedDataParallel(student), batch()
-        head = OutputHead.of(wrapped)
-        expected = student(**inputs).logits
-        got = head(last_hidden_states(wrapped, **inputs))
+    inputs = batch()
+    expected = student(**inputs).logits
+    with student.disable_adapter(), torch.no_grad():
+        assert (student(**inputs).logits - expected).abs().max() > 0.1
+
+    def compare(wrapped):
+        got = OutputHead.of(wrapped)(last_hidden_states(wrapped, **inputs))
         torch.testing.assert_close(got, expected)
-        with student.disable_adapter(), torch.no_grad():
-            assert (student(**inputs).logits - expected).abs().max() > 0.1
         got.sum().backward()
-        assert all(p.grad.abs().max() > 0 for p in student.parameters() if p.requires_grad)
-    finally:
-        distributed.destroy_process_group()
+
+    inside_ddp(student, compare, tmp_path)
+    assert all(p.grad.abs().max() > 0 for p in student.parameters() if p.requires_grad)
 
 
 def test_the_head_follows_training():

@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from modeling.models.teachers import LiveTeacher
 from tests.methods import METHODS
-from tests.unit.helpers import loss_of, make_trainer, small_model, without_response
+from tests.unit.helpers import inside_ddp, loss_of, make_trainer, small_model, without_response
 
 
 def logits_one_by_one(model, examples, prefix, vocab_size):
@@ -100,13 +98,12 @@ def test_under_ddp_every_parameter_has_its_backward(pair, tmp_path, method):
     trainer = make_trainer(method, pair, tmp_path)
     full = pair.prepared(method, slice(2))
     empty = [without_response(example) for example in full]
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(trainer.model)
+
+    def forwards_and_backwards(model):
         for examples in (empty, full, empty):
             trainer.compute_loss(model, trainer.data_collator(examples), num_items_in_batch=1).backward()
-    finally:
-        torch.distributed.destroy_process_group()
+
+    inside_ddp(trainer.model, forwards_and_backwards, tmp_path)
 
 
 @pytest.mark.parametrize("counted", ["all", "non_padding"])
