@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from peft import PeftModel
 from transformers import set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from get_vocab_mapper.builders import exact_matches
 from get_vocab_mapper.mapper import VocabMapper, build_command
@@ -35,6 +37,7 @@ from modeling.text.rows import are_chat_rows
 from modeling.text.sources import require_source
 from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments, check
 from modeling.training.checkpoints import (
+    STATE,
     STOPPED,
     StopOnSigterm,
     defect,
@@ -289,8 +292,10 @@ def train_save_evaluate(trainer: ResponseTrainer) -> None:
 def _train(trainer: ResponseTrainer) -> TrainOutput:
     """The training, from a checkpoint where there is one. Exits the process where SIGTERM ended it."""
     checkpoint = _checkpoint(trainer.args)
+    before = 0  # steps
     if checkpoint is not None:
         require_settings(Path(checkpoint), resume_settings(trainer.model, trainer.args))
+        before = json.loads(Path(checkpoint, STATE).read_text())["global_step"]
     stop = StopOnSigterm()
     trainer.add_callback(stop)
     with stop.listening():
@@ -303,10 +308,23 @@ def _train(trainer: ResponseTrainer) -> TrainOutput:
                 *(trainer.state.global_step, trainer.state.max_steps),
             )
             sys.exit(STOPPED)
-    if checkpoint is not None and f"{PREFIX_CHECKPOINT_DIR}-{result.global_step}" == Path(checkpoint).name:
+    if result.global_step == before:
         logger.info("All %d steps had been trained before.", result.global_step)
         del result.metrics["train_loss"]  # the mean over no step
+    else:
+        result.metrics.update(costs(result, before, trainer.args.device))
     return result
+
+
+def costs(result: TrainOutput, steps_before: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each optimizer step, and the most memory of this device in GiB; on a CPU, of this process."""
+    if device.type == "cpu":
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = torch.accelerator.max_memory_allocated()
+    seconds = result.metrics["train_runtime"] / (result.global_step - steps_before)
+    return {"train_seconds_per_step": round(seconds, 4), "train_peak_memory_gib": round(peak / 2**30, 3)}
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
