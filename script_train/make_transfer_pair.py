@@ -126,9 +126,11 @@ def keep_layers(model: PreTrainedModel, count: int) -> list[int]:
 
 
 def trained_tokenizer(old_tokenizer, file: str, vocab_size: int):
-    """A tokenizer of the old one's kind, trained on the texts of a data file."""
+    """A tokenizer of the old one's kind, trained on the texts of a data file. Raises InputError where it holds none."""
     rows = (row for _, row in read_json(file) if isinstance(row, dict))
     texts = [value for row in rows for value in row.values() if isinstance(value, str)]
+    if not any(texts):
+        raise InputError(f"--train_tokenizer {file}: no column of its rows holds text. Give rows with prefix and text.")
     return old_tokenizer.train_new_from_iterator(texts, vocab_size)
 
 
@@ -141,11 +143,12 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=8192, help="With --train_tokenizer. Default 8192.")
     parser.add_argument("--layers", type=int, help="So many of the model's layers, at even distances. Default: all.")
     parser.add_argument("--output", type=Path, required=True, help="Folder of the student.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the folder if it is there.")
     args = parser.parse_args()
     if (args.tokenizer is None) == (args.train_tokenizer is None):
         parser.error("give either --tokenizer or --train_tokenizer")
-    if args.output.exists():
-        raise InputError(f"--output {args.output} is there already. Delete it, or name another folder.")
+    if args.output.exists() and not args.overwrite:
+        raise InputError(f"--output {args.output} is there already. Give --overwrite, or name another folder.")
     source = LanguageModel(args.model, "model")
     model = source.load("auto")
     if args.tokenizer is not None:
@@ -165,6 +168,7 @@ def main() -> None:
     report = {"tokens": len(counts), "copied": counts.count(1), "mean of several": sum(n > 1 for n in counts)}
     report["without a text"] = counts.count(0)
     (unfinished / "transfer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(args.output, ignore_errors=True)
     unfinished.rename(args.output)
     print(f"{args.output}: " + ", ".join(f"{n} {what}" for what, n in report.items()))
 

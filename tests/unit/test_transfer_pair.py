@@ -96,12 +96,30 @@ def test_a_tokenizer_is_trained(monkeypatch, source, tmp_path):
     assert tokenizer.decode(tokenizer(SAMPLE_TEXTS[0])["input_ids"]) == SAMPLE_TEXTS[0]
 
 
+def test_a_file_without_text_trains_no_tokenizer(monkeypatch, source, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text('[{"messages": []}]', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        made(monkeypatch, source, tmp_path / "student", "--train_tokenizer", tmp_path / "rows.json")
+    assert "no column of its rows holds text" in capsys.readouterr().err and not (tmp_path / "student").exists()
+
+
 @pytest.mark.parametrize("count", [0, 4])
 def test_layers_that_are_not_there(monkeypatch, source, tmp_path, capsys, count):
     with pytest.raises(SystemExit) as ended:
         made(monkeypatch, source, tmp_path / "student", "--tokenizer", source, "--layers", count)
     assert ended.value.code == 2 and f"--layers {count}: give 1 to 3" in capsys.readouterr().err
     assert not (tmp_path / "student").exists()
+
+
+def test_a_student_that_is_there_is_replaced_only_where_that_is_wanted(monkeypatch, source, tmp_path, capsys):
+    output = tmp_path / "student"
+    made(monkeypatch, source, output, "--tokenizer", source)
+    (output / "mine").write_text("precious")
+    with pytest.raises(SystemExit):
+        made(monkeypatch, source, output, "--tokenizer", source)
+    assert "Give --overwrite" in capsys.readouterr().err and (output / "mine").read_text() == "precious"
+    made(monkeypatch, source, output, "--tokenizer", source, "--layers", "1", "--overwrite")
+    assert not (output / "mine").exists() and not output.with_name("student.unfinished").exists()
 
 
 def test_a_single_layer_is_the_first(source):
