@@ -21,6 +21,7 @@ MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-$((MAX_LENGTH / 2))} # the rest is for th
 TEMPERATURE=${TEMPERATURE:-1.0}
 TOP_P=${TOP_P:-1.0}
 TOP_K=${TOP_K:-0}                                           # 0 = off
+GREEDY=${GREEDY:-0}                                         # 1: always the likeliest token; of SEEDS the first is taken
 DSKD_COMPAT=${DSKD_COMPAT:-0}                               # 1: no 6-gram repeated, prompts cut on the right
 ROUGE_TOKENIZER=${ROUGE_TOKENIZER:-rouge_score}             # or unicode, for text in other letters than a to z
 BATCH_SIZE=${BATCH_SIZE:-}                                  # prompts a device and forward; none = 16 on a CPU, else 128
@@ -31,6 +32,10 @@ TEMPLATE_KWARGS=${TEMPLATE_KWARGS:-}                        # what the template 
 
 read -ra sets <<<"$SETS"
 read -ra seeds <<<"$SEEDS"
+if [[ $GREEDY == 1 ]]; then
+    seeds=("${seeds[0]}")
+    set -- --greedy "$@"
+fi
 [[ $DSKD_COMPAT != 1 ]] || set -- --dskd_compat "$@"
 [[ $ROUGE_TOKENIZER =~ ^(rouge_score|unicode)$ ]] ||
     die "ROUGE_TOKENIZER=$ROUGE_TOKENIZER is none of rouge_score, unicode."

@@ -11,6 +11,8 @@ over them. For a single run the deviation is that over the sampling seeds. An ev
 
     python script_eval/summarize.py outputs/sft outputs/cdm --references outputs/teacher outputs/eval_untrained_student
 
+With --against METHOD a second table, and a picture, hold each method's differences to it, seed by seed.
+
 References are listed above the methods, and are lines in the bar chart: they are never the best, and may lack figures.
 
 What is not comparable is not averaged: runs of a method that were trained or evaluated with other settings, or on other
@@ -36,7 +38,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from eval_records import differences, read_json
 
-FILES = ("results.json", "eval_results.json", "trainer_state.json")
+FILES = ("results.json", "eval_results.json", "trainer_state.json", "train_results.json")
 SEED = re.compile(r"^(?P<method>.*?)[_\-.]?seed[_\-.=]?(?P<seed>\d+)$")
 OWN_TO_A_RUN = ("model", "model_fingerprint", "device", "seed", "sets")  # settings that comparable scores may differ in
 # Of eval_results.json: what every method measures. Whatever else it holds tells its KD from another method's.
@@ -64,8 +66,11 @@ HELD_OUT = (
     ("bits per byte", "eval_bits_per_byte", "bits per byte of the responses"),
     ("KD", "eval_kd_loss", "nats per response token"),
 )
+# column, key of train_results.json; less is better, and nobody is the best.
+COSTS = (("s/step", "train_seconds_per_step"), ("GiB", "train_peak_memory_gib"))
 COMPARED = "bits per byte"  # the one for which a margin can be given
-LESS_IS_BETTER = tuple(column for column, _, _ in HELD_OUT)
+COST_COLUMNS = tuple(column for column, _ in COSTS)
+LESS_IS_BETTER = (*(column for column, _, _ in HELD_OUT), *COST_COLUMNS)
 CURVES = (
     ("loss", "Loss"),
     ("ce_loss", "Cross-entropy (CE)"),
@@ -159,6 +164,8 @@ def add_file(run: Run, path: Path) -> None:
     if path.name == "trainer_state.json":
         run.log = content["log_history"]
         run.budget = {key: content.get(key) for key in BUDGET}
+    elif path.name == "train_results.json":
+        run.scores |= {column: Score(content[key], None, {}) for column, key in COSTS if key in content}
     elif path.name == "eval_results.json":
         criteria = sorted(key.removeprefix("eval_") for key in content if not MEASURED_BY_ALL.fullmatch(key))
         before_its_own = run.folder != path.parent
@@ -248,7 +255,7 @@ def cell_of(runs: Sequence[Run], column: str) -> tuple[Cell, list[str]]:
 
 
 def digits_of(column: str) -> int:
-    return 3 if column in LESS_IS_BETTER else 2
+    return 3 if column in LESS_IS_BETTER and column not in COST_COLUMNS else 2
 
 
 def best_of(cells: dict[str, Cell], column: str, margin: float = 0.0) -> set[str]:
@@ -293,14 +300,15 @@ def make_table(runs: Sequence[Run], margin: float = 0.0) -> Table:
         cells, messages = {}, []
         for method, of_method in methods.items():
             cells[method], of_cell = cell_of(of_method, column)
-            messages += of_cell
+            messages += of_cell if column not in COST_COLUMNS else []
         averaged = [r for m, cell in cells.items() if cell.mean is not None for r in methods[m] if column in r.scores]
         reason = how_they_differ([run.scores[column].made_with for run in averaged])
         if reason:
             messages.append(f"the methods are not comparable, they differ in {reason}.")
         table.cells[column] = cells
         competing = {method: cell for method, cell in cells.items() if method not in table.references}
-        table.best[column] = set() if reason else best_of(competing, column, margin if column == COMPARED else 0.0)
+        without = reason or column in COST_COLUMNS
+        table.best[column] = set() if without else best_of(competing, column, margin if column == COMPARED else 0.0)
         for message in messages:
             said.setdefault(message, []).append(column)
     table.messages += [f"{', '.join(of_columns)}: {message}" for message, of_columns in said.items()]
@@ -313,6 +321,27 @@ def make_table(runs: Sequence[Run], margin: float = 0.0) -> Table:
     return table
 
 
+def differences_to(table: Table, baseline: str) -> dict[str, dict[str, Cell]]:
+    """`{method: {column: cell}}`: the means of the differences of runs with the same seed.
+
+    Raises ValueError where the baseline is no method of the table.
+    """
+    if baseline not in table.competing:
+        raise ValueError(f"--against {baseline}: there is no such method, but {', '.join(table.competing)}.")
+    columns = [c for c in table.columns if c not in COST_COLUMNS and table.cells[c][baseline].mean is not None]
+    found: dict[str, dict[str, Cell]] = {}
+    for method, runs in table.competing.items():
+        for column in columns if method != baseline else ():
+            of_baseline = {run.seed: run.scores[column] for run in table.methods[baseline] if column in run.scores}
+            having = [run for run in runs if column in run.scores and run.seed in of_baseline]
+            pairs = [(run.scores[column], of_baseline[run.seed]) for run in having]
+            if pairs and not how_they_differ([score.made_with for pair in pairs for score in pair]):
+                values = [score.value - other.value for score, other in pairs]
+                std = statistics.stdev(values) if len(values) > 1 else None
+                found.setdefault(method, {})[column] = Cell(statistics.fmean(values), std, len(values))
+    return found
+
+
 def missing_seeds(methods: dict[str, list[Run]]) -> Iterator[str]:
     seeds = {method: {run.seed for run in runs if run.seed is not None} for method, runs in methods.items()}
     every = set().union(*seeds.values())
@@ -321,14 +350,38 @@ def missing_seeds(methods: dict[str, list[Run]]) -> Iterator[str]:
             yield f"{method}: there is no run with seed {', '.join(missing)}, which other methods have."
 
 
-def markdown(table: Table) -> str:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
+def columns_with_differences(found: dict[str, dict[str, Cell]]) -> list[str]:
+    return list(dict.fromkeys(column for cells in found.values() for column in cells))
 
-    arrows = [f"{column} {'↓' if column in LESS_IS_BETTER else '↑'}" for column in table.columns]
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def arrow(column: str) -> str:
+    return f"{column} {'↓' if column in LESS_IS_BETTER else '↑'}"
+
+
+def differences_table(found: dict[str, dict[str, Cell]], baseline: str) -> str:
+    """What `differences_to` has found, in Markdown."""
+    columns = columns_with_differences(found)
+    lines = [row([f"minus {baseline}", "pairs", *map(arrow, columns)]), row(["---", *["---:"] * (len(columns) + 1)])]
+    for method, cells in found.items():
+        texts = []
+        for column in columns:
+            cell = cells.get(column)
+            texts.append("–" if cell is None else f"{'+' if cell.mean > 0 else ''}{cell.text(digits_of(column))}")
+        lines.append(row([method, str(max(cell.n_runs for cell in cells.values())), *texts]))
+    note = f"Each method's figure minus {baseline}'s with the same seed: mean ± standard deviation over the pairs."
+    return "\n".join([*lines, "", note, ""])
+
+
+def markdown(table: Table, given: dict[str, dict[str, str]]) -> str:
+    """The table, with further columns `{column: {method: text}}` in front."""
+    arrows = [*given, *map(arrow, table.columns)]
     lines = [row(["", "runs", *arrows]), row(["---", *["---:"] * (len(arrows) + 1)])]
     for method, runs in table.methods.items():
-        cells = []
+        cells = [texts.get(method, "–") for texts in given.values()]
         for column in table.columns:
             cell = table.cells[column][method]
             lacks = runs[0].reference and cell.n_runs == 0
@@ -338,8 +391,8 @@ def markdown(table: Table) -> str:
         lines.append(row([method, str(len(runs)), *cells]))
     explanation = (
         "Percent, more is better (↑): ROUGE-L of the instruction sets, pass@1, exact match. Less is better (↓): on the "
-        "held-out rows. ± is the standard deviation, over training seeds where a method has several runs, else over "
-        "sampling seeds. The best of a column is bold."
+        "held-out rows; seconds of an optimizer step, and memory at its peak. ± is the standard deviation, over "
+        "training seeds where a method has several runs, else over sampling seeds. The best of a column is bold."
     )
     if table.references:
         explanation += f" For reference, and never the best: {', '.join(table.references)} (– is not applicable)."
@@ -424,7 +477,7 @@ def draw_bars(table: Table, look: dict[str, dict], path: Path) -> bool:
 
     References are lines across the groups.
     """
-    percent = [column for column in table.columns if column not in LESS_IS_BETTER]
+    percent = [column for column in table.columns if column not in LESS_IS_BETTER]  # nor is a cost
     panels = [(percent, "percent (more is better)")] if percent else []
     panels += [([column], f"{unit}\n(less is better)") for column, _, unit in HELD_OUT if column in table.columns]
     if not panels:
@@ -469,6 +522,25 @@ def draw_bars(table: Table, look: dict[str, dict], path: Path) -> bool:
     return True
 
 
+def draw_differences(found: dict[str, dict[str, Cell]], baseline: str, look: dict[str, dict], path: Path) -> None:
+    """A panel for each column, a point for each method, whiskers of one standard deviation."""
+    columns = columns_with_differences(found)
+    size = (1.6 + 3.4 * len(columns), 1.5 + 0.36 * len(found))
+    figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    names = list(found)[::-1]  # the first on top
+    for column, axis in zip(columns, axes[0]):
+        for place, method in enumerate(names):
+            if cell := found[method].get(column):
+                axis.errorbar(cell.mean, place, xerr=cell.std, fmt="o", capsize=3, color=look[method]["color"])
+        axis.axvline(0, color="0.45", linestyle="--", linewidth=1.2)
+        better = "←" if column in LESS_IS_BETTER else "→"
+        axis.set(title=f"{column} minus {baseline}'s", xlabel=f"better {better}", ylim=(-0.6, len(names) - 0.4))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_yticks(range(len(names)), names)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def save(figure, handles: dict, path: Path) -> None:
     """With a legend below, in as many columns, four at most, as the figure has room for."""
     for n_columns in range(min(len(handles), 4), 0, -1):
@@ -492,6 +564,8 @@ def summarise(
     say: Callable[[str], None] = print,
     references: Sequence[Path] = (),
     margin: float = 0.0,
+    against: str | None = None,
+    columns: Path | None = None,
 ) -> Table:
     runs, messages = find_runs(given, references)
     if not runs:
@@ -499,13 +573,19 @@ def summarise(
     table = make_table(runs, margin)
     table.messages[:0] = messages
     output.mkdir(parents=True, exist_ok=True)
-    text = markdown(table) + (verdict(table.best.get(COMPARED, set()), margin) if margin else "")
+    text = markdown(table, {} if columns is None else read_json(columns))
+    differences = {} if against is None else differences_to(table, against)
+    text += f"\n{differences_table(differences, against)}" if differences else ""
+    text += verdict(table.best.get(COMPARED, set()), margin) if margin else ""
     (output / "table.md").write_text(text, encoding="utf-8")
     write_csv(runs, table.columns, output / "table.csv")
     look = styles(list(table.competing))
     files = ["table.md", "table.csv"]
     files += ["curves.png"] * draw_curves(table.competing, look, output / "curves.png")
     files += ["scores.png"] * draw_bars(table, look, output / "scores.png")
+    if differences:
+        draw_differences(differences, against, look, output / "differences.png")
+        files.append("differences.png")
     say(text)
     say("Written: " + ", ".join(str(output / name) for name in files))
     return table
@@ -518,9 +598,13 @@ if __name__ == "__main__":
         "--references", type=Path, nargs="+", default=[], help="Runs to hold the others against, such as the teacher."
     )
     parser.add_argument("--output", type=Path, default=Path("summary"), help="Folder for the table and the pictures.")
+    parser.add_argument(
+        "--against", metavar="METHOD", help="Also the differences to this method, seed by seed, and a picture of them."
+    )
+    parser.add_argument("--columns", type=Path, help="JSON file of columns to put in front: {column: {method: text}}.")
     parser.add_argument("--margin", type=float, default=0.0, help="Bits per byte that the best must be ahead by.")
     args = parser.parse_args()
     try:
-        summarise(args.folders, args.output, references=args.references, margin=args.margin)
+        summarise(args.folders, args.output, print, args.references, args.margin, args.against, args.columns)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         sys.exit(f"error: {error}")

@@ -502,6 +502,29 @@ def test_references_stand_apart(tmp_path):
     assert list(table.competing) == ["cdm", "sft"]
 
 
+def test_differences_are_paired_by_seed_and_costs_are_never_the_best(tmp_path):
+    """The seeds differ by more than the methods: seed by seed the difference is plain."""
+    for seed, bits in ((1, 0.9), (2, 0.7), (3, 0.5)):
+        make_run(tmp_path / "runs/sft" / f"seed_{seed}", 20.0 + seed, bits)
+        if seed < 3:
+            make_run(tmp_path / "runs/cdm" / f"seed_{seed}", 22.0 + 2 * seed, bits - 0.01 * seed)
+            costs = {"train_seconds_per_step": 0.5 * seed, "train_peak_memory_gib": 2.0, "train_runtime": 9.0}
+            eval_records.write_json(tmp_path / "runs/cdm" / f"seed_{seed}/train_results.json", costs)
+    make_run(tmp_path / "runs/fkd", 22.0, 0.9, top_k=50)  # not measured alike, and of no seed
+    eval_records.write_json(tmp_path / "columns.json", {"α": {"cdm": "0.9"}})
+    printed: list[str] = []
+    options = {"against": "sft", "columns": tmp_path / "columns.json"}
+    summarize.summarise([tmp_path / "runs"], tmp_path / "summary", printed.append, **options)
+    assert "|  | runs | α | Dolly ↑ | bits per byte ↓ | s/step ↓ | GiB ↓ |" in printed[0]
+    assert "| cdm | 2 | 0.9 | 25.00 ± 1.41 | 0.785 ± 0.148 | 0.75 ± 0.35 | 2.00 ± 0.00 |" in printed[0]
+    assert "| minus sft | pairs | Dolly ↑ | bits per byte ↓ |\n|" in printed[0]
+    assert "\n| cdm | 2 | +3.50 ± 0.71 | -0.015 ± 0.007 |\n\n" in printed[0]
+    assert (tmp_path / "summary/table.md").read_text() == printed[0]
+    assert (tmp_path / "summary/differences.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="--against gkd: there is no such method, but"):
+        summarize.summarise([tmp_path / "runs"], tmp_path / "summary", printed.append, against="gkd")
+
+
 @pytest.mark.parametrize(
     ("margin", "best", "words"),
     [(0.05, "cdm sft", "cdm and sft differ by less than 0.05"), (0.01, "cdm", "cdm is the best by 0.01")],
