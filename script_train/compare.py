@@ -367,6 +367,8 @@ def check_models_and_rows() -> None:
             within = False
         if not within:
             raise ValueError(f'ALPHAS="{SET["ALPHAS"]}": give numbers from 0 to 1, such as ALPHAS="0.5 0.8 0.9".')
+    if not SET["JOBS"].isdecimal() or int(SET["JOBS"]) < 1:
+        raise ValueError(f"JOBS={SET['JOBS']} is not a number of runs, 1 or more.")
     if not SET["TRIAL_STEPS"].isdecimal():
         raise ValueError(f"TRIAL_STEPS={SET['TRIAL_STEPS']} is not a number of steps. 0 leaves the trials out.")
 
@@ -473,12 +475,13 @@ def compare(further: list[str]) -> None:
         comparison.add_students()
     if all(plan.is_done(step) for step in plan.steps[: comparison.decided]):
         plan.require_same()  # before anything is run
+    jobs = int(SET["JOBS"])
     plan.run(last=comparison.tried)
     say(f"\n{comparison.expect()}".rstrip())
-    plan.run(comparison.tried, comparison.decided)
+    plan.run(comparison.tried, comparison.decided, jobs)
     comparison.add_students()  # with the α that are chosen now
     comparison.expect()
-    plan.run(comparison.decided)
+    plan.run(comparison.decided, jobs=jobs)
     comparison.write_alphas()
     print(flush=True)
     if status := run(comparison.summary()):

@@ -49,6 +49,7 @@ FRESH=${FRESH:-0}                                      # 1: deletes first what e
 SEEDS=${SEEDS:-1 2 3}                                  # each method is trained once with each
 METHODS=${METHODS:-all}                                # or names, as methods.py prints them, also with a setting of its own
                                                        # as in CDM:ALIGNMENT=byte; left out is what does not fit the pair
+JOBS=${JOBS:-1}                                        # so many trainings and evaluations at the same time, on the same devices
 TRIAL_STEPS=${TRIAL_STEPS:-4}                          # of each method before all trainings; 0: none is tried
 
 STUDENT_TOKENIZER=${STUDENT_TOKENIZER:-}               # of PAIR=transfer: hub name or folder; none = trained on DATA
@@ -116,5 +117,9 @@ esac
 CHOICE=${CHOICE:-$VALIDATION}
 [[ $SMALL != 1 ]] || choose_small_precision
 choose_devices
+if [[ $DEVICE == cpu && $JOBS =~ ^[0-9]+$ && $JOBS -gt 1 && -z ${OMP_NUM_THREADS:-} ]]; then
+    cores=$(nproc)
+    export OMP_NUM_THREADS=$((cores > JOBS ? cores / JOBS : 1))
+fi
 export PYTHON TOKENIZERS_PARALLELISM=false
 exec "$PYTHON" "$here/compare.py" "$@"

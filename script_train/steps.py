@@ -75,15 +75,48 @@ class Plan:
         self.digests[step.id] = hashlib.sha256(json.dumps(step.made_with, sort_keys=True).encode()).hexdigest()[:16]
         self.steps.append(step)
 
-    def run(self, first: int = 0, last: int | None = None) -> None:
-        """Runs the steps `first` to `last`, the latter not among them.
+    def run(self, first: int = 0, last: int | None = None, jobs: int = 1) -> None:
+        """Runs the steps `first` to `last`, the latter not among them, up to `jobs` of them at the same time.
 
         Raises ValueError, before anything is run, as `require_same`; exits where a step fails.
         """
         last = len(self.steps) if last is None else last
         self.require_same(last)
+        if jobs > 1:
+            self.run_side_by_side(first, last, jobs)
+            return
         for place in range(first, last):
             self.run_step(self.steps[place], f"[{place + 1}/{len(self.steps)}]", self.seconds_left(place))
+
+    def run_side_by_side(self, first: int, last: int, jobs: int) -> None:
+        """Each step as soon as what it builds on is there. What it prints goes to `records/ID.log`."""
+        numbers = {step.id: f"[{place + 1}/{len(self.steps)}]" for place, step in enumerate(self.steps)}
+        waiting = [step for step in self.steps[first:last] if not self.is_done(step)]
+        slots: dict[int, tuple[Step, subprocess.Popen, dict, float]] = {}
+        with Children() as children:
+            while (waiting or slots) and not children.received:
+                missing = {step.id for step in waiting} | {step.id for step, *_ in slots.values()}
+                ready = [step for step in waiting if not missing & set(step.builds_on)]
+                for slot, step in zip([slot for slot in range(jobs) if slot not in slots], ready):
+                    waiting.remove(step)
+                    print(f"{numbers[step.id]} {step.name}", flush=True)
+                    record, port = self.begin(step), int(os.environ.get("MASTER_PORT") or 29500) + slot
+                    with open(self.log_file(step.id), "w") as log:
+                        env = os.environ | {"MASTER_PORT": str(port)}
+                        child = children.start(step.command, stdout=log, stderr=log, env=env)
+                    slots[slot] = (step, child, record, time.monotonic())
+                time.sleep(0.1)
+                for slot, (step, child, record, began) in list(slots.items()):
+                    if child.poll() is not None and not children.received:
+                        del slots[slot]
+                        if child.returncode:
+                            print("".join(self.log_file(step.id).read_text(errors="replace").splitlines(True)[-30:]))
+                            print(f"The whole of it: {self.log_file(step.id)}", flush=True)
+                            children.stop()
+                        seconds = self.finish(step, record, began, status_of(child))
+                        left = self.seconds_left(first) / jobs
+                        rest = f"; in all about {duration(left)} left" if left else ""
+                        print(f"{numbers[step.id]} {step.name}: {seconds:.0f} s{rest}", flush=True)
 
     def seconds_left(self, first: int = 0) -> float:
         """What the steps from `first` on may take, as far as anybody knows."""
@@ -98,11 +131,19 @@ class Plan:
             print(f"\n{number} {step.name}: done before", flush=True)
             return
         print(f"\n{number} {step.name}" + (f" (in all about {duration(left)} left)" if left else ""), flush=True)
+        record, began = self.begin(step), time.monotonic()
+        seconds = self.finish(step, record, began, run(step.command))
+        print(f"{number} {seconds:.0f} s", flush=True)
+
+    def begin(self, step: Step) -> dict:
+        """Writes and returns the record of a step that begins."""
         record = {"name": step.name, "command": step.text, "result": str(step.result.relative_to(self.output))}
         record |= {"made_with": step.made_with, "digest": self.digests[step.id], "began": now()}
         write_json(self.record_file(step.id), {**record, "seconds": None})
-        began = time.monotonic()
-        status = run(step.command)
+        return record
+
+    def finish(self, step: Step, record: dict, began: float, status: int) -> float:
+        """Takes note of a step that has ended; how many seconds it took. Exits where it has failed."""
         if status:
             print(f"error: {step.name}: exit status {status}.", file=sys.stderr)
             sys.exit(status)
@@ -112,10 +153,13 @@ class Plan:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         seconds = time.monotonic() - began
         write_json(self.record_file(step.id), {**record, "seconds": round(seconds, 1)})
-        print(f"{number} {seconds:.0f} s", flush=True)
+        return seconds
 
     def record_file(self, id: str) -> Path:
         return self.output / "records" / f"{id}.json"
+
+    def log_file(self, id: str) -> Path:
+        return self.record_file(id).with_suffix(".log")
 
     def record(self, step: Step) -> dict | None:
         """That of an earlier call, unless what it made is gone."""
@@ -183,25 +227,53 @@ def settings_of(words: list[str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in NO_SETTINGS}
 
 
-def run(command: list[str]) -> int:
-    """The command's exit status. SIGTERM and Ctrl-C are passed on to all of its processes; then this one exits too."""
-    received: list[int] = []
-    child = None
+class Children(list[subprocess.Popen]):
+    """Commands that run at the same time, each in a process group of its own.
 
-    def pass_on(number: int, _) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            if child is not None:
+    Inside `with`, SIGTERM and Ctrl-C are passed on to all of their processes; behind it, this process exits too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.received: list[int] = []
+
+    def start(self, command: list[str], **options) -> subprocess.Popen:
+        self.append(subprocess.Popen(command, start_new_session=True, **options))
+        return self[-1]
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        for child in self:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    child = subprocess.Popen(command, start_new_session=True)
-    status = child.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if received:
-        sys.exit(128 + received[0])
-    return status if status >= 0 else 128 - status
+    def __enter__(self) -> Children:
+        def pass_on(number: int, _) -> None:
+            self.received.append(number)
+            self.stop(number)
+
+        self.before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for child in self:
+            child.wait()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.received:
+            sys.exit(128 + self.received[0])
+
+
+def status_of(child: subprocess.Popen) -> int:
+    """The exit status of a child that has ended; that of a shell where a signal has ended it."""
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def run(command: list[str]) -> int:
+    """The command's exit status. Signals as `Children`."""
+    with Children() as children:
+        child = children.start(command)
+        child.wait()
+    return status_of(child)
 
 
 def start_over(output: Path) -> None:

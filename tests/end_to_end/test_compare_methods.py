@@ -353,14 +353,32 @@ def test_an_interrupted_step_resumes_in_its_folder_with_the_same_settings_only(p
     assert played()[0][0] == "runs/ULD/seed_1/train_results.json" and not checkpoint.exists()
 
 
+def test_several_steps_at_the_same_time(played):
+    """Each behind what it builds on; where one fails, the others are stopped, and the next call resumes."""
+    settings = {"METHODS": "SFT ULD", "TRIAL_STEPS": 0, "JOBS": 2}
+    steps, done = played(fails=True, **settings, WAIT_AT="runs/SFT/seed_1/train", FAIL_AT="runs/ULD/seed_1/train")
+    assert done.returncode == 3 and "ULD, seed 1: training: exit status 3" in done.stderr
+    assert sorted(steps[-3:]) == ["runs/SFT/seed_1/train_results.json", "runs/ULD/seed_1/train_results.json", "stopped"]
+    steps, done = played(**settings)
+    assert sorted(steps) == sorted(of_runs("SFT ULD", *TRAINED))
+    for run in of_runs("SFT ULD"):
+        assert steps.index(f"{run}/train_results.json") < min(
+            steps.index(f"{run}/{file}") for file in (HELD_OUT, ROUGE)
+        )
+    assert "ULD, seed 2: ROUGE-L: " in done.stdout and (played.output / "records/ULD_seed_2.rouge.log").exists()
+    assert played(**settings)[0] == played(**{**settings, "JOBS": 1})[0] == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(
     ("number", "wait_at"),
     [(signal.SIGTERM, "runs/SFT/seed_1/train"), (signal.SIGTERM, HELD_OUT), (signal.SIGINT, "runs/SFT/seed_1/train")],
 )
-def test_a_signal_reaches_what_is_running(played, number, wait_at):
+def test_a_signal_reaches_what_is_running(played, number, wait_at, jobs):
     command = ["bash", str(ROOT / "script_train/compare_methods.sh")]
+    settings = {**played.settings, "WAIT_AT": wait_at, "JOBS": str(jobs)}
     with open(played.notes.with_name("said"), "w") as said:
-        running = subprocess.Popen(command, env={**played.settings, "WAIT_AT": wait_at}, stdout=said, stderr=said)
+        running = subprocess.Popen(command, env=settings, stdout=said, stderr=said)
     deadline = time.monotonic() + 60
     while not (played.notes.exists() and wait_at in played.notes.read_text()):
         assert running.poll() is None and time.monotonic() < deadline, played.notes.with_name("said").read_text()
@@ -368,7 +386,7 @@ def test_a_signal_reaches_what_is_running(played, number, wait_at):
     time.sleep(0.2)
     running.send_signal(number)
     assert running.wait(timeout=30) == 128 + number
-    assert played.notes.read_text().splitlines()[-1] == "stopped"
+    assert "stopped" in played.notes.read_text().splitlines()[-jobs:]
 
 
 def test_the_quickstarts_steps(played):
@@ -492,6 +510,7 @@ def test_a_method_with_settings_of_its_own_is_another_method(pair, tmp_path):
         ({"ALPHAS": "half"}, 'ALPHAS="half"'),
         ({"CHOICE": "/no/such/file.json"}, "CHOICE=/no/such/file.json"),
         ({"TRIAL_STEPS": "-1"}, "TRIAL_STEPS=-1"),
+        ({"JOBS": "0"}, "JOBS=0"),
         ({"METHODS": "CDM:ALIGN=byte"}, "has no setting ALIGN"),
         ({"METHODS": "CDM:byte"}, "has not the form"),
         ({"PYTHON": "isolated"}, "has no module torch, transformers, modeling, get_vocab_mapper"),
