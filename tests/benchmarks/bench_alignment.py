@@ -8,6 +8,7 @@ make a batch, no two alike. All times are milliseconds an example, medians over 
     read      a prepared example, from the memory-mapped data set
     collate   the collator: padding, and the table of edit distances. With `read`, a data loader's worker does this
     table     the table alone
+    prefix    the rows of BPM, once the collator has seen the text
     dtw       dynamic time warping with random weights, which waits for the logits
     oracle    both in plain Python, as the definition reads (tests/reference), up to --oracle_max student tokens
     ratio     oracle / (table + dtw); the groups are checked to be the same
@@ -126,6 +127,9 @@ def measure(
     read, _ = median_times(lambda i: data[i], count, repeats)
     collate, collate_cpu = median_times(lambda i: collator([rows[i]]), count, repeats)
     table, _ = median_times(table_of, count, repeats)
+    find = ResponseCollator(student, teacher, "prefix").find_prefix_rows
+    sides = [(one.student, one.teacher) for one in (collator([row]) for row in rows)]
+    prefix, _ = median_times(lambda i: find(*sides[i]), count, repeats)
     dtw, dtw_cpu = median_times(lambda i: fast_groups(distances[i]), count, repeats)
     result = {
         "student_tokens": statistics.mean(batch.student.lengths),
@@ -133,6 +137,7 @@ def measure(
         "read": read,
         "collate": collate,
         "table": table,
+        "prefix": prefix,
         "dtw": dtw,
         "cpu": collate_cpu + dtw_cpu,
     }
@@ -158,7 +163,8 @@ def main() -> None:
     folder = Path(os.environ["CDM_REAL_DIR"])
     disable_progress_bars()
 
-    print(f"{'pair':16}  tokens   teach    read  collate   table     dtw     cpu    oracle   ratio   (ms an example)")
+    columns = "tokens   teach    read  collate   table  prefix     dtw     cpu    oracle   ratio   (ms an example)"
+    print(f"{'pair':16}  {columns}")
     results = []
     for pair in arguments.pairs:
         teacher, student = (
@@ -171,7 +177,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as data:
                 r = measure(teacher, student, texts, arguments.repeats, with_oracle, Path(data))
             results.append({"pair": pair, **r})
-            times = "".join(f"  {1e3 * r[name]:6.2f}" for name in ("table", "dtw", "cpu"))
+            times = "".join(f"  {1e3 * r[name]:6.2f}" for name in ("table", "prefix", "dtw", "cpu"))
             oracle = f"{1e3 * r['oracle']:8.0f}  {r['ratio']:6.0f}" if with_oracle else f"{'–':>8}  {'–':>6}"
             print(
                 f"{pair:16}  {r['student_tokens']:6.0f}  {r['teacher_tokens']:6.0f}  {1e3 * r['read']:6.2f}  "
