@@ -26,7 +26,7 @@ TEACHER_LEARNING_RATE=${TEACHER_LEARNING_RATE:-5e-5}
 VOCAB_SIZE=${VOCAB_SIZE:-4096}           # of the student's tokenizer, which is trained on the rows
 
 EPOCHS=${EPOCHS:-1}                      # of SFT and of CDM alike, as is all that follows
-LEARNING_RATE=${LEARNING_RATE:-2e-4}
+LEARNING_RATE=${LEARNING_RATE:-4e-4}
 BATCH_SIZE=${BATCH_SIZE:-4}
 KD_ALPHA=${KD_ALPHA:-0.9}                # CDM alone from here on
 KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}

@@ -8,4 +8,4 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../script_train/setup_env.sh"
 setup_env requirements-dev.txt
 cd "$CDM_ROOT"
-exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
