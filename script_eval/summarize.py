@@ -29,7 +29,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -370,7 +370,10 @@ def differences_table(found: dict[str, dict[str, Cell]], baseline: str) -> str:
         texts = []
         for column in columns:
             cell = cells.get(column)
-            texts.append("–" if cell is None else f"{'+' if cell.mean > 0 else ''}{cell.text(digits_of(column))}")
+            digits = digits_of(column)
+            mean = 0.0 if cell is None else round(cell.mean, digits) + 0.0  # no -0.000
+            text = "–" if cell is None else replace(cell, mean=mean).text(digits)
+            texts.append(f"+{text}" if mean > 0 else text)
         lines.append(row([method, str(max(cell.n_runs for cell in cells.values())), *texts]))
     note = f"Each method's figure minus {baseline}'s with the same seed: mean ± standard deviation over the pairs."
     return "\n".join([*lines, "", note, ""])
