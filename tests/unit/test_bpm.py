@@ -136,7 +136,7 @@ def test_real_pairs(real):
 def test_rows_are_found_in_time(real):
     """In a response of 512 tokens, once a collator has seen such text.
 
-    It takes 3 to 6 ms (benchmarks/bench_alignment.py). A busy machine must not fail.
+    The least of many: it takes 1 to 3 ms, and more where other processes share the caches.
     """
     student, teacher, _ = real
     with (real_dir() / "data/dolly/databricks-dolly-15k.jsonl").open(encoding="utf-8") as lines:
@@ -147,11 +147,11 @@ def test_rows_are_found_in_time(real):
     batch = collate([prepare_example(row, [student, teacher], 2000)])
     assert len(batch.student.labels) >= 500
     took = []
-    for _ in range(20):
+    for _ in range(100):
         start = time.process_time()
         collate.find_prefix_rows(batch.student, batch.teacher)
         took.append(time.process_time() - start)
-    assert min(took) < 0.02
+    assert min(took) < 0.005
 
 
 # --------------------------------------------------------------------------------------------------------- by hand
