@@ -308,11 +308,11 @@ def _train(trainer: ResponseTrainer) -> TrainOutput:
                 *(trainer.state.global_step, trainer.state.max_steps),
             )
             sys.exit(STOPPED)
-    if result.global_step == before:
+    if result.global_step > before:
+        result.metrics.update(costs(result, before, trainer.args.device))
+    elif checkpoint is not None:
         logger.info("All %d steps had been trained before.", result.global_step)
         del result.metrics["train_loss"]  # the mean over no step
-    else:
-        result.metrics.update(costs(result, before, trainer.args.device))
     return result
 
 
