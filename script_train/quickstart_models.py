@@ -44,11 +44,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def split(files: list[Path], output: Path, choice: bool) -> None:
+def split(data: list[Path], output: Path, choice: bool) -> None:
     """Every tenth row of each file is held out, the same ones each time; with `choice` another tenth for choosing α."""
     parts: dict[str, list] = {"train": [], "held_out": []} | ({"choice": []} if choice else {})
     tenths = {9: "held_out"} | ({4: "choice"} if choice else {})
-    for file in files:
+    for file in data:
         for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
             parts[tenths.get(i % 10, "train")].append({key: row[key] for key in ("prefix", "text")})
     with written_whole(output) as folder:
@@ -185,7 +185,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     match arguments.pop("command"):
         case "split":
-            split(arguments["data"], arguments["output"], arguments["choice"])
+            split(**arguments)
         case "teacher":
             make_teacher(**arguments)
         case "answers":

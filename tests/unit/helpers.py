@@ -200,8 +200,8 @@ def loss_of(trainer, examples, training=True):
 def inside_ddp(model, use, tmp_path):
     """`use(model as DDP wraps it)`, in a group of one process.
 
-    The group ends after DDP's reducer: as the last owner that waits for the group's threads, the interpreter locked,
-    and they may wait for the interpreter.
+    DDP's reducer goes before the group. As the group's last owner it would wait for the group's threads with the
+    interpreter locked, and they may wait for the interpreter.
     """
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
