@@ -85,6 +85,7 @@ class Comparison:
         for kind in dict.fromkeys(["em", *(method.mapper_kind for method in chosen if method.mapper_kind)]):
             command = with_settings({"MAPPER_KIND": kind, "MAPPER": self.mapper(kind)}, *LAUNCH, "build_mapper")
             self.add(kind, self.mapper(kind), f"Vocabulary mapper: {kind}", command, "TEACHER STUDENT")
+        self.prepared = len(self.plan.steps)
         self.add_reference("student_untrained", "The student before training", SET["STUDENT"], "STUDENT", student=True)
         for method in chosen if self.trial_steps else ():
             self.add_trial(method)
@@ -476,7 +477,8 @@ def compare(further: list[str]) -> None:
     if all(plan.is_done(step) for step in plan.steps[: comparison.decided]):
         plan.require_same()  # before anything is run
     jobs = int(SET["JOBS"])
-    plan.run(last=comparison.tried)
+    plan.run(last=comparison.prepared)
+    plan.run(comparison.prepared, comparison.tried, jobs)  # side by side like what they are to tell the time of
     say(f"\n{comparison.expect()}".rstrip())
     plan.run(comparison.tried, comparison.decided, jobs)
     comparison.add_students()  # with the α that are chosen now

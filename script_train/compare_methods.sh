@@ -117,9 +117,5 @@ esac
 CHOICE=${CHOICE:-$VALIDATION}
 [[ $SMALL != 1 ]] || choose_small_precision
 choose_devices
-if [[ $DEVICE == cpu && $JOBS =~ ^[0-9]+$ && $JOBS -gt 1 && -z ${OMP_NUM_THREADS:-} ]]; then
-    cores=$(nproc)
-    export OMP_NUM_THREADS=$((cores > JOBS ? cores / JOBS : 1))
-fi
 export PYTHON TOKENIZERS_PARALLELISM=false
 exec "$PYTHON" "$here/compare.py" "$@"
