@@ -7,8 +7,9 @@
 (`row`, from 0), the `response` up to the first stop token (see `modeling/text/ends.py`), its `tokens`, whether it
 `ended` by itself, and whether its prompt was `cut`.
 
-With `--chat` each prompt is a user's message, in the model's chat template, as a student of chats was taught. A prompt
-that is filled into the Alpaca template is asked as its instruction and input.
+With `--chat` each prompt is a user's message, in the model's chat template, as a student of chats was taught, or a list
+of messages that ends with a user's. A prompt that is filled into the Alpaca template is asked as its instruction and
+input.
 
 What a row's text depends on. `--max_length` counts as in DSKD (arXiv 2406.17328): half of it is for the prompt, which
 is cut to `--max_prompt_length`, and the rest for the response, however short the prompt. A token is drawn with two
@@ -54,9 +55,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from modeling.errors import user_input
 from modeling.models.language_model import LanguageModel
 from modeling.text.chat import ChatTemplate
 from modeling.text.encoder import put_in_front
+from modeling.text.messages import read_messages
 from modeling.text.rows import question_of
 
 BLOCK = 512  # columns of the vocabulary that `draw` sums first
@@ -153,15 +156,21 @@ def load_model(args: argparse.Namespace, device: torch.device):
     return model, source.tokenizer
 
 
-def asked(prompt: str, tokenizer, args: argparse.Namespace) -> str:
-    """A prompt as the model is given it: with --chat, in its chat template."""
+def asked(prompt: str | list, tokenizer, args: argparse.Namespace) -> str:
+    """A prompt as the model is given it: with --chat, in its chat template.
+
+    Args:
+        prompt: text, or messages, of which ValueError says what cannot be read.
+    """
     if not args.chat:
         return prompt
     if not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {args.model} has no chat template.")
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    chat = ChatTemplate(tokenizer, "model", args.template_kwargs)
-    return chat.question([*system, {"role": "user", "content": question_of(prompt)}])
+    messages = [{"role": "user", "content": question_of(prompt)}] if isinstance(prompt, str) else prompt
+    messages = read_messages(messages, args.system)
+    if messages[-1]["role"] != "user":
+        raise ValueError("its prompt does not end with a user's message")
+    return ChatTemplate(tokenizer, "model", args.template_kwargs).question(messages)
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -280,8 +289,11 @@ def run(args: argparse.Namespace) -> None:
     # On an accelerator a step of few prompts takes as long as one of many: it waits for launches.
     args.batch_size = args.batch_size or (16 if device.type == "cpu" else 128)
     rows = read_lines(Path(args.data), args.limit)
-    if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
-        raise ValueError(f"{args.data}: every row needs a prompt, a string.")
+    kinds = {type(row.get("prompt")) if isinstance(row, dict) else None for row in rows}
+    if not kinds <= {str, list}:
+        raise ValueError(f"{args.data}: every row needs a prompt, a string (with --chat, or a list of messages).")
+    if list in kinds and not args.chat:
+        raise ValueError(f"{args.data}: its prompts are messages. Give --chat (CHAT=1), for the chat template.")
     unfinished = {}
     for seed in args.seed:
         output = Path(args.output.replace("{seed}", str(seed)))
@@ -291,7 +303,10 @@ def run(args: argparse.Namespace) -> None:
     if not unfinished:
         return
     model, tokenizer = load_model(args, device)
-    texts = [asked(row["prompt"], tokenizer, args) for row in rows]
+    texts = []
+    for number, row in enumerate(rows, 1):
+        with user_input(f"{args.data}, row {number}"):
+            texts.append(asked(row["prompt"], tokenizer, args))
     prompts = [prompt_ids(tokenizer, text, args.max_prompt_length, args.dskd_compat) for text in texts]
     for seed, output in unfinished.items():
         # The environment is no setting: it may change between two parts of a run.
@@ -303,7 +318,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="A folder, a hub name, or the folder of a LoRA adapter.")
-    add("--data", required=True, help="JSONL file; each row has a prompt, already in its template.")
+    add("--data", required=True, help="JSONL file; each row has a prompt: text, or with --chat messages.")
     add("--output", required=True, help="JSONL file of the responses. {seed} in it is replaced by the seed.")
     add("--seed", type=int, nargs="+", default=[10], help="One or more; several need {seed} in --output. Default 10.")
     add("--max_length", type=int, default=512, help="Tokens of prompt and response in all. Default 512.")

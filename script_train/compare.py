@@ -72,7 +72,7 @@ class Comparison:
         self.output = Path(SET["OUTPUT"])
         self.plan = Plan(self.output, digests())
         self.cache = [] if SET["TEACHER_CACHE"] == "0" else ["--teacher_cache", self.output / "teacher_cache"]
-        self.sets, self.sets_folder = SET["EVAL_SETS"], SET["DATA_DIR"]
+        self.sets, self.sets_folder, self.chats = SET["EVAL_SETS"], SET["DATA_DIR"], False
         self.teacher, self.teacher_step = SET["TEACHER"], "TEACHER"
         self.references: list[Path] = []
         self.runs: list[Path] = []
@@ -129,6 +129,7 @@ class Comparison:
 
     def make_set(self) -> None:
         self.sets, self.sets_folder = "held-out", self.output / "sets"
+        self.chats = "VALIDATION" in self.plan.digests and holds_chats(SET["VALIDATION"])
         file = self.sets_folder / "held-out/valid.jsonl"
         command = [SET["PYTHON"], __file__, "rows", SET["VALIDATION"], file]
         self.add("sets", file, "The held-out rows as an evaluation set", command, "VALIDATION")
@@ -269,6 +270,7 @@ class Comparison:
         settings = {"MODEL": model, "OUTPUT": output, "DATA_DIR": self.sets_folder, "SETS": self.sets}
         settings |= {"SEEDS": SET["EVAL_SEEDS"], "BATCH_SIZE": SET["EVAL_BATCH_SIZE"]}
         settings |= {key: SET[key] for key in PASSED_ON} | {key: SET[key] for key in PASSED_ON_IF_GIVEN if SET.get(key)}
+        settings |= {"CHAT": 1} if self.chats else {}
         command = with_settings(settings, "bash", ROOT / "script_eval/eval_dolly.sh")
         self.add(f"{id}.rouge", output / "results.json", f"{name}: ROUGE-L", command, f"{made_by} sets")
 
@@ -432,16 +434,29 @@ def tokenizers_differ() -> str:
     return ""
 
 
-def write_set(data: Path, file: Path) -> None:
-    """The rows of a training file as an evaluation set (`prompt`, `output`). Raises as `read_rows`.
+def holds_chats(data: str) -> bool:
+    from modeling.text.rows import are_chat_rows
 
-    An empty text, which no response could equal, is left out.
+    return are_chat_rows(data)
+
+
+def write_set(data: Path, file: Path) -> None:
+    """The rows of a training file as an evaluation set: `prompt` (of chats, messages) and `output`.
+
+    What a training would pass over, it leaves out too. Raises ValueError where nothing is left, and as `read_rows`.
     """
+    from modeling.text.messages import ChatRows
     from modeling.text.rows import read_rows
 
-    rows = [{"prompt": row["prefix"], "output": row["text"]} for row in read_rows(data) if row["text"].strip()]
+    chat = ChatRows() if holds_chats(data) else None
+    found = list(read_rows(data, chat))
+    rows = [
+        {"prompt": json.loads(row["messages"]) if chat else row["prefix"], "output": row["text"]}
+        for row in found
+        if not row["fault"]
+    ]
     if not rows:
-        raise ValueError(f"{data}: no row of it has a text.")
+        raise ValueError(f"{data}: no row of it can be asked" + (f" ({found[0]['fault']})." if found else "."))
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} rows: {file}")
 

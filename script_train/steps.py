@@ -93,7 +93,7 @@ class Plan:
         numbers = {step.id: f"[{place + 1}/{len(self.steps)}]" for place, step in enumerate(self.steps)}
         waiting = [step for step in self.steps[first:last] if not self.is_done(step)]
         slots: dict[int, tuple[Step, subprocess.Popen, dict, float]] = {}
-        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}  # each has its share of the cores
+        share = max(1, len(os.sched_getaffinity(0)) // jobs)  # of the cores
         with Children() as children:
             while (waiting or slots) and not children.received:
                 missing = {step.id for step in waiting} | {step.id for step, *_ in slots.values()}
@@ -103,7 +103,7 @@ class Plan:
                     print(f"{numbers[step.id]} {step.name}", flush=True)
                     record, port = self.begin(step), int(os.environ.get("MASTER_PORT") or 29500) + slot
                     with open(self.log_file(step.id), "w") as log:
-                        env = threads | os.environ | {"MASTER_PORT": str(port)}
+                        env = {"OMP_NUM_THREADS": str(share), **os.environ, "MASTER_PORT": str(port)}
                         child = children.start(step.command, stdout=log, stderr=log, env=env)
                     slots[slot] = (step, child, record, time.monotonic())
                 time.sleep(0.1)

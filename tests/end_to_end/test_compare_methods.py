@@ -20,9 +20,10 @@ from types import SimpleNamespace
 import pytest
 
 from script_train.methods import methods
-from tests.end_to_end.rig import ROOT, environment
+from tests.end_to_end.rig import ROOT, environment, tiny_llama
 from tests.end_to_end.warm_python import warm_python
-from tests.unit.tokenizer_zoo import SAMPLE_TEXTS
+from tests.unit.chat_templates import CHATML
+from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,10 @@ def settings_of(pair: SimpleNamespace, output: Path, **settings: object) -> dict
 
 
 def compare(
-    pair: SimpleNamespace, output: Path, fails: bool = False, root: Path = ROOT, **settings: object
+    pair: SimpleNamespace, output: Path, *further: str, fails: bool = False, root: Path = ROOT, **settings: object
 ) -> subprocess.CompletedProcess:
-    """Runs it on the CPU; with `fails`, it must end otherwise than well."""
-    command = ["bash", str(root / "script_train/compare_methods.sh")]
+    """Runs it on the CPU, with `further` arguments; with `fails`, it must end otherwise than well."""
+    command = ["bash", str(root / "script_train/compare_methods.sh"), *further]
     env = settings_of(pair, output, **settings)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == fails, f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
@@ -157,6 +158,39 @@ def test_a_method_costs_one_python_and_one_shell_file(pair, warm, tmp_path):
     assert "| Toy | 1 |" in (tmp_path / "out/summary/table.md").read_text()
 
 
+def test_chats_with_adapters_and_chunks_side_by_side(warm, tmp_path):
+    """The rows hold messages: training, the held-out rows and the prompts of ROUGE-L all go through the templates."""
+    chats = [
+        [("system", "Be brief."), ("user", "Say it."), ("assistant", text[:20]), ("user", "More"), ("assistant", text)]
+        for text in SAMPLE_TEXTS
+    ]
+    rows = [{"messages": [{"role": role, "content": text.strip()} for role, text in chat]} for chat in chats]
+    files = [tmp_path / "train.json", tmp_path / "held out.json"]
+    for file, part in zip(files, (rows[:4], rows[4:])):
+        file.write_text(json.dumps(part))
+    models = {}
+    for side, tokenizer in (("student", byte_level_bpe()), ("teacher", sentencepiece_bpe())):
+        tokenizer.add_tokens(["<|im_end|>", "<|im_start|>"], special_tokens=True)
+        tokenizer.chat_template = CHATML
+        models[side] = tiny_llama(tmp_path / side, tokenizer, len(tokenizer), layers=1)
+    settings = {
+        **{**TINY, "PYTHON": warm, "METHODS": "SFT CDM", "SEEDS": 1, "TEACHER_READY": 1, "TRIAL_STEPS": 0},
+        **{"JOBS": 2, "GREEDY": 1, "MAX_LENGTH": 160, "MAX_PROMPT_LENGTH": 140},
+    }
+    pair, output = SimpleNamespace(**models, data=files[0], validation=files[1]), tmp_path / "out"
+    compare(pair, output, "--use_lora", "true", "--logits_chunk", "7", **settings)
+
+    asked = [json.loads(line) for line in (output / "sets/held-out/valid.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in asked] == [row["messages"][:-1] for row in rows[4:]]
+    for method in ("SFT", "CDM"):
+        run = output / f"runs/{method}/seed_1"
+        assert (run / "adapter_model.safetensors").is_file() and not (run / "model.safetensors").exists()
+        assert read(run / "evaluation/instructions/held-out/10.settings.json")["chat"] is True
+        assert f"| {method} | 1 |" in (output / "summary/table.md").read_text()
+    kd = [read(output / f"runs/{name}/seed_1/evaluation/held_out/eval_results.json") for name in ("SFT", "CDM")]
+    assert all(0 < found["eval_kd_loss"] < 20 for found in kd)
+
+
 # ----------------------------------------------------------------------------------------------- which steps are run
 
 # Takes note of what it is asked for, and leaves an empty file where the command would leave its last one.
@@ -207,7 +241,7 @@ def played(pair, tmp_path):
 
     def run(fails: bool = False, **settings: object) -> tuple[list[str], subprocess.CompletedProcess]:
         notes.write_text("")
-        done = compare(pair, output, fails, **{**usual, **settings})
+        done = compare(pair, output, fails=fails, **{**usual, **settings})
         return notes.read_text().splitlines(), done
 
     run.output, run.notes, run.settings = output, notes, settings_of(pair, output, **usual)

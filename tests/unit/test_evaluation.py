@@ -122,6 +122,29 @@ def test_a_chat_is_asked_as_it_was_taught(name):
     with pytest.raises(ValueError, match="the tokenizer of m has no chat template"):
         generate.asked("Hello", byte_level_bpe(), args)
 
+    # Messages are asked as they were taught, too.
+    talk = [("user", "Hi."), ("assistant", "Hello."), ("user", "A colour?"), ("assistant", "Red.")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    (example,) = examples_of_row({"messages": messages}, ChatRows(system="Be brief."))
+    example = prepare_example({"row": 1, **example}, [encoder], 512)
+    ids, _ = generate.prompt_ids(tokenizer, generate.asked(messages[:-1], tokenizer, args), 512, cut_right=False)
+    assert ids == example["input_ids"][: example["response_start"]].tolist()
+    with pytest.raises(ValueError, match="does not end with a user's message"):
+        generate.asked(messages, tokenizer, args)
+
+
+def test_prompts_that_are_messages_need_the_template(tmp_path):
+    file, prompt = tmp_path / "asked.jsonl", [{"role": "user", "content": "Hi."}]
+    base = ["--model", "m", "--data", str(file), "--output", str(tmp_path / "out.jsonl"), "--use_cpu"]
+    for row, flags, words in (
+        ({"prompt": prompt}, [], "its prompts are messages. Give --chat"),
+        ({"prompt": 7}, ["--chat"], "every row needs a prompt, a string"),
+        ({"text": "Hi."}, [], "every row needs a prompt, a string"),
+    ):
+        file.write_text(json.dumps(row))
+        with pytest.raises(ValueError, match=words):
+            generate.run(generate.parse([*base, *flags]))
+
 
 def test_each_process_takes_the_accelerator_of_its_rank(monkeypatch):
     chosen = []
