@@ -292,8 +292,9 @@ class Comparison:
             return ""
         pace = ", ".join(f"{id.removesuffix('.trial')} {trial.seconds_per_step:.2g}" for id, trial in trials.items())
         trainings = sum(step.result.name == "train_results.json" for step in steps)
+        left = duration(self.plan.seconds_left() / int(SET["JOBS"]))  # the trials shared the device as much
         return (
-            f"By the trials, what is left takes about {duration(self.plan.seconds_left())}: {trainings} trainings and "
+            f"By the trials, what is left takes about {left}: {trainings} trainings and "
             f"{len(steps) - trainings} evaluations. Seconds a step: {pace}."
         )
 

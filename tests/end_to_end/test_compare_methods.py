@@ -7,6 +7,7 @@ For the latter the Python that they call is played by a script that only leaves 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -385,6 +386,13 @@ def test_an_interrupted_step_resumes_in_its_folder_with_the_same_settings_only(p
     _, done = played(fails=True, ULD_ALPHA=0.4)
     assert "--kd_alpha" in done.stderr and checkpoint.is_dir()
     assert played()[0][0] == "runs/ULD/seed_1/train_results.json" and not checkpoint.exists()
+
+
+def test_the_expected_time_is_that_of_several_at_a_time(played):
+    settings = {"METHODS": "SFT ULD", "EPOCHS": 60, "FAIL_AT": "runs/SFT/seed_1/train"}
+    said = [played(fails=True, JOBS=jobs, **settings)[1].stdout for jobs in (1, 2)]
+    hours = [float(re.search(r"what is left takes about ([\d.]+) hours: 4 trainings", text)[1]) for text in said]
+    assert hours[0] > 3 and hours[1] == pytest.approx(hours[0] / 2, abs=0.1)
 
 
 def test_several_steps_at_the_same_time(played):
