@@ -129,7 +129,7 @@ class Comparison:
 
     def make_set(self) -> None:
         self.sets, self.sets_folder = "held-out", self.output / "sets"
-        self.chats = "VALIDATION" in self.plan.digests and holds_chats(SET["VALIDATION"])
+        self.chats = "VALIDATION" not in SET["MADE"].split() and holds_chats(SET["VALIDATION"])
         file = self.sets_folder / "held-out/valid.jsonl"
         command = [SET["PYTHON"], __file__, "rows", SET["VALIDATION"], file]
         self.add("sets", file, "The held-out rows as an evaluation set", command, "VALIDATION")

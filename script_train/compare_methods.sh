@@ -79,12 +79,12 @@ REPORT_TO=${REPORT_TO:-none}                           # tensorboard or none
 
 # Of one method alone: METHOD_ALPHA and METHOD_TEMPERATURE, such as ULD_ALPHA=0.4 (CE + 1.5·ULD, as in its paper) or
 # MINED_TEMPERATURE=1; without them KD_ALPHA, and the temperature of the method's own script.
+[[ $PAIR != transfer ]] || ALPHAS=${ALPHAS-${KD_ALPHA:-0.5 0.8 0.9}}
 KD_ALPHA=${KD_ALPHA:-0.5}                              # share of cross-entropy in the loss, 0 to 1
-[[ $PAIR != transfer ]] || ALPHAS=${ALPHAS-0.5 0.8 0.9}
 ALPHAS=${ALPHAS:-}                                     # or several, of which each method takes the best, with the first seed,
 CHOICE=${CHOICE:-}                                     # on these rows; none = VALIDATION, which favours the methods over SFT
 CDM_TEMPERATURE=${CDM_TEMPERATURE:-1.0}                # CDM's are also those with which the KD of all methods is measured
-TOPK=${TOPK:-100}                                      # tokens of each side that a group maps
+TOPK=${TOPK:-}                                         # tokens a side: of CDM and the KD of all (100), Strict (16)
 SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}                  # nearer strings count as similar, above 0, at most 1
 ALIGNMENT=${ALIGNMENT:-dtw}                            # dtw (the paper's) or byte (exact, by byte positions)
 

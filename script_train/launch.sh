@@ -235,7 +235,7 @@ evaluate() {
 # evaluate_student MODEL ARGUMENTS…: beside TEACHER, by CDM's divergence, however the student was trained.
 evaluate_student() {
     evaluate run_clm_distill_CDM.py "$1" --teacher_path "$TEACHER" --teacher_to_student_id_mapping "$MAPPER" \
-        --kd_temperature "$KD_TEMPERATURE" --topk "$TOPK" --simi_threshold "$SIMI_THRESHOLD" \
+        --kd_temperature "$KD_TEMPERATURE" --topk "${TOPK:-100}" --simi_threshold "$SIMI_THRESHOLD" \
         --alignment "$ALIGNMENT" "${@:2}"
 }
 
