@@ -40,7 +40,7 @@ from modeling.losses.mapping import contextual_kl, group_topk, match_pairs
 from modeling.losses.rows import StudentRows
 from modeling.models.language_model import LanguageModel
 from modeling.models.output_head import logits_at
-from modeling.text.alignment import Groups, aligned_tokens, byte_groups, dtw_groups
+from modeling.text.alignment import Groups, byte_groups, dtw_groups, exact_groups
 from modeling.text.batch import ResponseCollator, Side
 from modeling.text.encoder import Encoder, prepare_example
 from modeling.text.ends import fold_ends, shared_ends
@@ -159,11 +159,11 @@ def page_data(
         "byte": byte_groups(*ends),
     }
     for name, pair in aligned.items():
-        groups, n_tokens = Groups.of([ends], [pair]), len(pair[1])
+        groups, n_tokens = Groups.of([ends], [pair], same_start=batch.same_start), len(pair[1])
         data[name] = {
             "teacher_size": groups.teacher.host_size.tolist(),
             "student_size": groups.student.host_size.tolist(),
-            "same_bytes": aligned_tokens(*ends, *pair)[np.unique(pair[1], return_index=True)[1]].tolist(),
+            "same_bytes": exact_groups(*ends, *pair, *batch.same_start).tolist(),
             "one_to_one": rounded(groups.one_to_one / n_tokens),
             "aligned": rounded(groups.aligned / n_tokens),
         }

@@ -28,7 +28,7 @@ def entropy_dtw(student_entropy: Tensor, teacher_entropy: Tensor, batch: Batch) 
         for d, teacher_weights, student_weights in zip(batch.token_distances, weights, weights[n:])
     ]
     ends = list(zip(teacher.byte_ends, student.byte_ends))
-    groups, device = Groups.of(ends, examples), student_entropy.device
+    groups, device = Groups.of(ends, examples, same_start=batch.same_start), student_entropy.device
     return groups if device.type == "cpu" else groups.pin_memory().to(device, non_blocking=True)
 
 

@@ -127,24 +127,33 @@ def one_to_one_tokens(teacher_group: np.ndarray, student_group: np.ndarray) -> n
 
 
 def exact_groups(
-    teacher_ends: np.ndarray, student_ends: np.ndarray, teacher_group: np.ndarray, student_group: np.ndarray
+    teacher_ends: np.ndarray,
+    student_ends: np.ndarray,
+    teacher_group: np.ndarray,
+    student_group: np.ndarray,
+    same_start: bool = True,
 ) -> np.ndarray:
     """Bool, one a group: does it cover exactly the same bytes on both sides?
 
     Args:
         teacher_ends, student_ends: as in `byte_groups`.
         teacher_group, student_group: of one response, from `dtw_groups` or `byte_groups`.
+        same_start: whether both sides' first tokens begin at the same byte (see `Side.byte_starts`).
     """
     ends_agree = _group_ends(teacher_ends, teacher_group) == _group_ends(student_ends, student_group)
-    starts_agree = np.append(True, ends_agree[:-1])  # a group starts where the one before it ends
+    starts_agree = np.append(same_start, ends_agree[:-1])  # a group starts where the one before it ends
     return starts_agree & ends_agree
 
 
 def aligned_tokens(
-    teacher_ends: np.ndarray, student_ends: np.ndarray, teacher_group: np.ndarray, student_group: np.ndarray
+    teacher_ends: np.ndarray,
+    student_ends: np.ndarray,
+    teacher_group: np.ndarray,
+    student_group: np.ndarray,
+    same_start: bool = True,
 ) -> np.ndarray:
     """Bool `[N]`: is the student token in an exact group? Arguments as for `exact_groups`."""
-    return exact_groups(teacher_ends, student_ends, teacher_group, student_group)[student_group]
+    return exact_groups(teacher_ends, student_ends, teacher_group, student_group, same_start)[student_group]
 
 
 def _group_ends(ends: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -208,6 +217,7 @@ class Groups:
         ends: Sequence[tuple[np.ndarray, np.ndarray]],
         examples: Sequence[tuple[np.ndarray, np.ndarray]],
         special: tuple[np.ndarray, np.ndarray] | None = None,
+        same_start: Sequence[bool] | None = None,
     ) -> Groups:
         """The groups of a batch, numbered on from example to example.
 
@@ -215,7 +225,9 @@ class Groups:
             ends: `(teacher_ends, student_ends)` of each response, as in `byte_groups`; there may be none.
             examples: its `(teacher_group, student_group)`, as `dtw_groups` gives them.
             special: bool `[R_T]` and `[R_S]`, which tokens of the batch are special; None for none of them.
+            same_start: of each response, as in `exact_groups`; None for all of them.
         """
+        same_start = [True] * len(examples) if same_start is None else same_start
         offsets = np.cumsum([0, *(int(student_group[-1]) + 1 for _, student_group in examples)])
         nothing = np.zeros(0, dtype=np.int64)
         groups = [
@@ -223,7 +235,8 @@ class Groups:
             for side in (0, 1)
         ]
         arrays = [part for group in groups for part in (group, np.bincount(group, minlength=offsets[-1]))]
-        exact = np.concatenate([nothing, *(exact_groups(*end, *group) for end, group in zip(ends, examples))])
+        found = (exact_groups(*end, *group, same) for end, group, same in zip(ends, examples, same_start))
+        exact = np.concatenate([nothing, *found])
         units = exact.copy()
         for group, is_special in zip(groups, special or ()):
             units[group[is_special]] = 0

@@ -44,6 +44,8 @@ class Side:
         example: int64 `[R]`, to which of the examples with a response each token belongs.
         byte_ends: of each such example int32 `[n]`, the byte of the response at which each token ends; an EOS counts
             as one byte past the text. In host memory.
+        byte_starts: of each such example the byte of the response at which its first token begins: 0; less where that
+            token stands astride the prompt's end; more where a token in front of it had nothing to predict it.
         keys: of each such example 16 bytes that stand for its tokens (`example_key`).
         stop_ids: the side's stop tokens, that with which responses end first; logits are to be folded by them
             (`text.ends.fold_ends`). One, or none, where there is nothing to fold.
@@ -55,6 +57,7 @@ class Side:
     labels: Tensor
     example: Tensor
     byte_ends: list[np.ndarray]
+    byte_starts: list[int]
     keys: list[bytes]
     stop_ids: tuple[int, ...] = ()
 
@@ -93,6 +96,7 @@ class Side:
         return cls(
             *map(torch.from_numpy, (input_ids, mask, *arrays)),
             byte_ends=[ends[b] for b in answered],
+            byte_starts=[int(examples[b][f"{prefix}byte_start"]) for b in answered],
             keys=[example_key(ids[b], starts[b]) for b in answered],
             stop_ids=stop_ids,
         )
@@ -129,6 +133,11 @@ class Batch:
     token_distances: list[TokenDistances] | None = None
     index_rows: Tensor | None = None
     prefix_rows: PrefixRows | None = None
+
+    @property
+    def same_start(self) -> list[bool]:
+        """Of each example with a response: do both sides' first tokens begin at the same byte?"""
+        return [t == s for t, s in zip(self.teacher.byte_starts, self.student.byte_starts)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its tensors on a device."""
@@ -189,11 +198,13 @@ class ResponseCollator:
                 encoder.forms.is_special[side.labels.numpy()]
                 for encoder, side in ((self.teacher, teacher), (self.student, student))
             )
-            return replace(batch, groups=Groups.of(ends, [byte_groups(*pair) for pair in ends], special))
+            examples = [byte_groups(*pair) for pair in ends]
+            return replace(batch, groups=Groups.of(ends, examples, special, batch.same_start))
         distances = self.token_distances(batch)
         if self.alignment == "entropy_dtw":
             return replace(batch, token_distances=distances)
-        return replace(batch, groups=Groups.of(ends, [equal_weight_groups(d) for d in distances]))
+        examples = [equal_weight_groups(d) for d in distances]
+        return replace(batch, groups=Groups.of(ends, examples, same_start=batch.same_start))
 
     def token_distances(self, batch: Batch) -> list[TokenDistances]:
         """Of each example with a response (CDM, arXiv 2502.11104, section 3.1)."""

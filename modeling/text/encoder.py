@@ -28,6 +28,7 @@ class Encoded:
     input_ids: np.ndarray  # int64 [n]
     response_start: int  # at least 1: a token with nothing before it cannot be predicted
     byte_ends: np.ndarray  # int32 [n - response_start]: the byte of the response at which each token ends
+    byte_start: int = 0  # the one at which the first of them begins: see `Side.byte_starts`
 
 
 class Encoder:
@@ -121,7 +122,11 @@ class Encoder:
                 ends = np.append(ends, end_of_text)
             ends[-1] = end_of_text + 1
         start = max(start, 1)
-        return Encoded(ids, start, ends[start - first :].astype(np.int32))
+        ends, before = ends[start - first :], ends[start - first - 1] if start > first else -border
+        if before < 0 and len(ends):
+            # Not all that lies between belongs to the token: a normaliser may have dropped it.
+            before = min(0, max(before, ends[0] - self.forms.lengths[ids[start]]))
+        return Encoded(ids, start, ends.astype(np.int32), int(before))
 
     def _byte_ends(self, ids: np.ndarray, offsets: np.ndarray, whole: str) -> np.ndarray:
         """int64 [len(ids)]: how many bytes of `whole` the tokens up to and including each one cover.
@@ -253,4 +258,5 @@ def prepare_example(row: dict, encoders: Sequence[Encoder], block_size: int) -> 
         columns[f"{side}input_ids"] = e.input_ids
         columns[f"{side}response_start"] = e.response_start
         columns[f"{side}byte_ends"] = e.byte_ends
+        columns[f"{side}byte_start"] = e.byte_start
     return columns

@@ -128,13 +128,16 @@ class PrefixRowFinder:
         starts = [np.cumsum([0, *side.lengths]) for side in (teacher, student)]
         for example, ends in enumerate(zip(teacher.byte_ends, student.byte_ends)):
             labels = [side.labels[n[example] : n[example + 1]].numpy() for side, n in zip((teacher, student), starts)]
-            self._find(batch, *labels, *ends, int(starts[0][example]))
+            first = [side.byte_starts[example] for side in (teacher, student)]
+            self._find(batch, *labels, *ends, *first, int(starts[0][example]))
         return batch.rows()
 
-    def _find(self, batch: _Found, teacher_ids, student_ids, teacher_ends, student_ends, first_row: int) -> None:
-        """Adds one response, whose first teacher token is row `first_row`."""
-        t_start, t_fits = _starts(self.teacher, teacher_ids, teacher_ends)
-        s_start, s_fits = _starts(self.student, student_ids, student_ends)
+    def _find(
+        self, batch: _Found, teacher_ids, student_ids, teacher_ends, student_ends, t_first, s_first, first_row: int
+    ) -> None:
+        """Adds one response, whose first teacher token is row `first_row`; see `Side` for the others."""
+        t_start, t_fits = _starts(self.teacher, teacher_ids, teacher_ends, t_first)
+        s_start, s_fits = _starts(self.student, student_ids, student_ends, s_first)
         at = np.searchsorted(teacher_ends, s_start, side="right")
         inside = at < len(teacher_ids)
         at[~inside] = 0
@@ -182,13 +185,12 @@ class PrefixRowFinder:
         return self.states[prefix]
 
 
-def _starts(encoder: Encoder, ids: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _starts(encoder: Encoder, ids: np.ndarray, ends: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     """`(starts, fits)`, `[n]` each: where each token begins, and whether its form is as long as what it covers.
 
-    The first token may begin before the response, where it stands astride the prompt's end.
+    The first begins at byte `first` of the response, or before it.
     """
-    lengths = np.where(encoder.forms.is_special[ids], 0, encoder.forms.lengths[ids])
-    starts = np.concatenate([[min(0, int(ends[0] - lengths[0]))], ends[:-1]]).astype(np.int64)
+    starts = np.concatenate([[first], ends[:-1]]).astype(np.int64)
     return starts, ends - starts == encoder.forms.lengths[ids]
 
 

@@ -21,7 +21,7 @@ from modeling.training.training_arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-PREPARATION_VERSION = "5"  # raise it when prepare_example gives other columns for the same row
+PREPARATION_VERSION = "6"  # raise it when prepare_example gives other columns for the same row
 
 
 def load_data(
@@ -99,7 +99,8 @@ def _first_rows(path: str, chat: ChatRows | None, limit: int | None, key: str) -
 
 
 def _features(n_sides: int) -> Features:
-    side = {"input_ids": List(Value("int64")), "response_start": Value("int64"), "byte_ends": List(Value("int32"))}
+    side = {"input_ids": List(Value("int64")), "response_start": Value("int64")}
+    side |= {"byte_ends": List(Value("int32")), "byte_start": Value("int32")}
     columns = {"row": Value("int64"), "fault": Value("string"), "cut": Value("bool")}
     for prefix in ("", "teacher_")[:n_sides]:
         columns |= {f"{prefix}{name}": value for name, value in side.items()}

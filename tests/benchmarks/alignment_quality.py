@@ -72,8 +72,8 @@ def strict_coverage(teacher: Encoder, student: Encoder, examples: list[dict]) ->
         if sides["fault"]:
             continue
         has_eos = sides["input_ids"][-1] == student.eos_id
-        groups = byte_groups(ends[1], ends[0])
-        alone = one_to_one_tokens(*groups) & aligned_tokens(ends[1], ends[0], *groups)
+        groups, same = byte_groups(ends[1], ends[0]), sides["byte_start"] == sides["teacher_byte_start"]
+        alone = one_to_one_tokens(*groups) & aligned_tokens(ends[1], ends[0], *groups, same)
         covered += int(alone[: len(alone) - has_eos].sum())
         totals += [len(side) - has_eos for side in ends]
     return tuple(covered / totals)
@@ -93,9 +93,10 @@ def measure(teacher: Encoder, student: Encoder, examples: list[dict], errors: Co
             w = [weights(kind, *side, random) for side in sides]
             ways[f"dtw, {kind} weights"] = dtw_groups(d.table, d.teacher_index, d.student_index, *w)
         for way, groups in ways.items():
-            flags = aligned_tokens(*ends, *groups)
+            flags = aligned_tokens(*ends, *groups, *batch.same_start)
             totals[way] = totals.get(way, 0) + np.array([flags.sum(), one_to_one_tokens(*groups).sum(), len(flags)])
-        flags, groups = aligned_tokens(*ends, *ways["dtw, equal weights"]), ways["dtw, equal weights"]
+        groups = ways["dtw, equal weights"]
+        flags = aligned_tokens(*ends, *groups, *batch.same_start)
         for g in np.unique(groups[1][~flags]):
             tokens = ((side.forms.texts, ids[group == g]) for (side, ids), group in zip(sides, groups))
             errors[tuple(" | ".join(repr(texts[i])[1:-1] for i in ids) for texts, ids in tokens)] += 1

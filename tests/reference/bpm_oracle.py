@@ -21,12 +21,11 @@ class Side:
     eos: int
     ids: list[int]
     ends: list[int]
+    start: int = 0  # where the first of them begins
 
     def starts(self) -> list[int]:
-        """Where each token begins; the first one as far in front of the response as its bytes say."""
-        first = self.ids[0]
-        front = 0 if self.special[first] else min(0, self.ends[0] - len(self.forms[first]))
-        return [front, *self.ends[:-1]]
+        """Where each token begins."""
+        return [self.start, *self.ends[:-1]]
 
     def tells_its_bytes(self, i: int) -> bool:
         return len(self.forms[self.ids[i]]) == self.ends[i] - self.starts()[i]

@@ -29,6 +29,7 @@ class Side:
         tokens: of the response.
         ends: the byte of the response at which each token ends.
         logits: of each token `[len(forms)]`, those that predict it.
+        start: the byte at which the first of them begins.
     """
 
     forms: list[bytes]
@@ -38,6 +39,7 @@ class Side:
     tokens: list[int]
     ends: list[int]
     logits: tuple[Tensor, ...]
+    start: int = 0
 
     def log_p(self, row: int, temperature: float = 1.0) -> Tensor:
         return log_softmax(self.logits[row].double() / temperature)
@@ -82,7 +84,8 @@ def units(teacher: Side, student: Side) -> list[tuple[list[int], list[int]]]:
         start = end
     if found and teacher.ends[-1] != student.ends[-1]:
         found.pop()  # what follows the last common end belongs to it
-
+    if teacher.start != student.start:
+        found = found[1:]
 
     def is_text(side: Side, positions: list[int]) -> bool:
         return not any(side.special[side.tokens[k]] for k in positions)

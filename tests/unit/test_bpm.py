@@ -22,10 +22,10 @@ from tests.unit.test_rigs import batches, cases
 from tests.unit.tokenizer_zoo import load_real, real_dir
 
 
-def oracle_side(encoder: Encoder, ids, ends) -> bpm_oracle.Side:
+def oracle_side(encoder: Encoder, ids, ends, start) -> bpm_oracle.Side:
     forms = encoder.forms
     flags = forms.is_special.tolist(), forms.is_byte_fallback.tolist()
-    return bpm_oracle.Side(forms.forms, *flags, encoder.eos_id, ids.tolist(), ends.tolist())
+    return bpm_oracle.Side(forms.forms, *flags, encoder.eos_id, ids.tolist(), ends.tolist(), start)
 
 
 def expected(batch, student: Encoder, teacher: Encoder, z_student, z_teacher, **options):
@@ -33,8 +33,10 @@ def expected(batch, student: Encoder, teacher: Encoder, z_student, z_teacher, **
     sides = (batch.student, student, z_student), (batch.teacher, teacher, z_teacher)
     parts = [
         [
-            (oracle_side(encoder, ids, ends), z)
-            for ids, ends, z in zip(side.labels.split(side.lengths), side.byte_ends, logits.split(side.lengths))
+            (oracle_side(encoder, ids, ends, start), z)
+            for ids, ends, z, start in zip(
+                side.labels.split(side.lengths), side.byte_ends, logits.split(side.lengths), side.byte_starts
+            )
         ]
         for side, encoder, logits in sides
     ]
@@ -176,6 +178,7 @@ class Vocabulary(Encoder):
             f"{prefix}input_ids": np.array([0, *ids]),
             f"{prefix}response_start": 1,
             f"{prefix}byte_ends": np.array(ends, dtype=np.int32),
+            f"{prefix}byte_start": 0,
         }
 
 
@@ -293,6 +296,6 @@ def test_tokens_astride_the_prompts_end():
     """The teacher's first token holds the prompt's last space, the student's does not: an interior row."""
     teacher, student = Vocabulary(b" a", b" b", b"a"), Vocabulary(b"a", b"b")
     example = {"row": 1, **student.columns("", [b"a"], True), **teacher.columns("teacher_", [b" a"], True)}
-    example["teacher_byte_ends"] = np.array([1, 2], dtype=np.int32)
+    example["teacher_byte_ends"], example["teacher_byte_start"] = np.array([1, 2], dtype=np.int32), -1
     rows = ResponseCollator(student, teacher, "prefix")([example]).prefix_rows
     assert rows.interior.tolist() == [True, False] and rows.continued.tokens.tolist() == [0, 1]

@@ -21,7 +21,7 @@ from modeling.run_clm_strict import strict_losses
 from modeling.text.alignment import Groups, byte_groups
 from modeling.text.batch import Batch, ResponseCollator
 from modeling.text.batch import Side as BatchSide
-from modeling.text.encoder import Encoder, prepare_example
+from modeling.text.encoder import Encoder, encode_pair, prepare_example
 from tests.reference import byte_group_oracles as oracles
 from tests.unit.helpers import random_logits
 from tests.unit.test_rigs import batches, cases
@@ -115,9 +115,11 @@ def oracle_sides(encoders, batch, teacher, student):
         own = [
             oracles.Side(
                 *(forms.forms, forms.is_special.tolist(), forms.is_byte_fallback.tolist(), forms.roles),
-                *(ids.tolist(), ends.tolist(), z.unbind()),
+                *(ids.tolist(), ends.tolist(), z.unbind(), start),
             )
-            for ids, ends, z in zip(side.labels.split(side.lengths), side.byte_ends, logits.split(side.lengths))
+            for ids, ends, z, start in zip(
+                side.labels.split(side.lengths), side.byte_ends, logits.split(side.lengths), side.byte_starts
+            )
         ]
         parts.append(own)
     return list(zip(*parts))
@@ -218,6 +220,27 @@ def test_real_tokenizers(teacher_name, student_name):
             check(method, options, encoders, batch, teacher, student.requires_grad_())
 
 
+@pytest.mark.parametrize(
+    "prefixes, starts",
+    [
+        (("[/INST] ", "assistant\n"), [-1, 0]),  # a chat template's space is in the teacher's first token
+        (("", ""), [0, 3]),  # without BOS, the student's first token has nothing that could predict it
+        (("[/INST]\n", "assistant\n"), [0, 0]),
+    ],
+)
+def test_a_first_group_that_begins_elsewhere_is_no_unit(prefixes, starts):
+    encoders = Encoder(load_real("phi-3")), Encoder(load_real("qwen2"))
+    example = {"row": 1}
+    for side, encoded in zip(("teacher_", ""), encode_pair(encoders, prefixes, "The quick brown fox", 64)):
+        example |= {f"{side}{name}": value for name, value in vars(encoded).items()}
+    batch = ResponseCollator(*reversed(encoders), "byte")([example])
+    assert [side.byte_starts[0] for side in (batch.teacher, batch.student)] == starts
+    same = starts[0] == starts[1]
+    assert batch.groups.units.tolist() == [same, *[True] * (len(batch.groups) - 2), False]  # the last is EOS
+    first = int(batch.groups.student.host_size[0])
+    assert batch.groups.aligned == len(batch.student.labels) - (0 if same else first)
+
+
 # ------------------------------------------------------------------------------------------------------------ by hand
 
 
@@ -226,7 +249,7 @@ def batch_of(teacher, student, special=None):
     sides = []
     for side in (teacher, student):
         ids, ends = zip(*side)
-        example = {"row": 1, "input_ids": [0, *ids], "response_start": 1, "byte_ends": list(ends)}
+        example = {"row": 1, "input_ids": [0, *ids], "response_start": 1, "byte_ends": list(ends), "byte_start": 0}
         sides.append(BatchSide.of([example], "", 0))
     ends = [tuple(np.array([end for _, end in side]) for side in (teacher, student))]
     groups = Groups.of(ends, [byte_groups(*ends[0])], special)

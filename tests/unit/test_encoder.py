@@ -67,14 +67,15 @@ def test_a_token_astride_the_border_belongs_to_the_response(real):
     # Qwen2 reads "hello" as one token, so with the prefix "hel" nothing of the prompt is left in front.
     encoded = real["qwen2"].encode("say hel", "lo you")
     tokens = real["qwen2"].tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.response_start :])
-    assert tokens[0] == "Ġhello" and encoded.byte_ends.tolist() == [2, 6, 7]
+    assert tokens[0] == "Ġhello" and encoded.byte_ends.tolist() == [2, 6, 7] and encoded.byte_start == -4
+    assert real["qwen2"].encode("say", " hello").byte_start == 0
 
 
 def test_the_first_token_of_all_cannot_be_predicted(real):
     encoded = real["qwen2"].encode("", "hello you")
-    assert encoded.response_start == 1 and encoded.byte_ends.tolist() == [9, 10]
+    assert encoded.response_start == 1 and encoded.byte_ends.tolist() == [9, 10] and encoded.byte_start == 5
     encoded = real["phi-3"].encode("", "hello you")  # BOS stands in front of it
-    assert encoded.response_start == 1 and encoded.byte_ends.tolist() == [5, 9, 10]
+    assert encoded.response_start == 1 and encoded.byte_ends.tolist() == [5, 9, 10] and encoded.byte_start == 0
 
 
 def test_trailing_whitespace_in_a_token_counts(real):

@@ -354,6 +354,7 @@ def dataset_of(lengths) -> Dataset:
     for number, length in enumerate(lengths, 1):
         ids = generator.integers(3, 50, length)
         columns = {"input_ids": ids, "response_start": 2, "byte_ends": np.arange(1, length - 1, dtype=np.int32)}
+        columns["byte_start"] = 0
         rows.append({"row": number, **columns, **{f"teacher_{name}": value for name, value in columns.items()}})
     return Dataset.from_list(rows).with_format("numpy")
 
