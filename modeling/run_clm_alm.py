@@ -46,6 +46,10 @@ WHITE_SPACE = (b" ", b"\t", b"\n", b"\r", b"\v", b"\f")
 class ALMDistillationArguments(LikelihoodArguments):
     """Without a temperature of the softmax."""
 
+    kd_temperature: float = field(
+        default=1.0, metadata={"help": "Stays 1: likelihoods are softened by --binarization_temperature instead."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
         check(

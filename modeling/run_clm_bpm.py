@@ -19,8 +19,8 @@ p^T_i = softmax(z^T_i/τ) is the teacher's prediction there.
 
 A student token of spaces and tabs alone is not distilled (--mask_whitespace): with it, code collapses, the authors say.
 
-Logged beside the losses: residual_mass (q_j[⊥], mean over the distilled tokens), and the shares of student tokens that
-are interior, spanning and dropped (not distilled).
+Logged beside the losses: residual_mass (q_j[⊥], mean over the tokens that have a row, 1 where π is too small), and the
+shares of student tokens that are interior, spanning and dropped (not distilled).
 
 The authors' code refuses SentencePiece tokenizers; here their forms are bytes like any other.
 """
@@ -40,7 +40,7 @@ from modeling.losses.result import Losses
 from modeling.losses.rows import StudentRows
 from modeling.text.batch import Batch
 from modeling.text.encoder import Encoder
-from modeling.training.arguments import MapperArguments, check
+from modeling.training.arguments import LikelihoodArguments, MapperArguments, check
 from modeling.training.run import Run
 from modeling.training.trainer import DistillationTrainer
 
@@ -170,7 +170,7 @@ class BPMTrainer(DistillationTrainer):
 
 @one_message
 def main() -> None:
-    run = Run(__doc__, method=BPMArguments)
+    run = Run(__doc__, distillation=LikelihoodArguments, method=BPMArguments)
     args = run.method
     mapper = run.mapper("prefixem", threshold=0.0)  # without the tables of similar tokens
     run.train(

@@ -45,6 +45,7 @@ from modeling.losses.rows import StudentRows
 from modeling.models.teachers import Teacher
 from modeling.text.batch import Batch
 from modeling.training.arguments import MapperArguments, check
+from modeling.training.finite_check import TEACHER, largest
 from modeling.training.run import Run
 from modeling.training.trainer import DistillationTrainer
 
@@ -171,6 +172,7 @@ class CDMTrainer(DistillationTrainer):
         student, teacher, second = self.student_logits(model, inputs), self.teacher_logits(inputs), None
         if self.same_tokenizer_teacher is not None:
             second = self.logits_of(self.same_tokenizer_teacher, inputs.student, self.student_vocab_size)
+            self.require_finite(TEACHER, inputs.student, inputs.rows, largest(second))
         losses = cdm_losses(
             *(student, teacher, inputs, self.mapper, self.topk, self.kd_temperature),
             same_tokenizer_teacher=second,
@@ -182,11 +184,7 @@ class CDMTrainer(DistillationTrainer):
 @one_message
 def main() -> None:
     run = Run(__doc__, method=CDMArguments)
-    args = run.method
-    second = args.same_tokenizer_teacher_path
-    if second is not None:
-        second = run.model(second, "same_tokenizer_teacher_path")
-        run.require_same_tokenizer(second)
+    args, second = run.method, run.second_teacher("same_tokenizer_teacher_path")
     mapper = run.mapper("em", args.simi_threshold, any_kind=True)
     smaller = min(mapper.teacher.vocab_size, mapper.student.vocab_size)
     if args.topk > smaller and run.training.should_log:

@@ -44,6 +44,15 @@ FLOOR = 1e-8
 
 
 @dataclass
+class GOLDDistillationArguments(LikelihoodArguments):
+    """The temperature, which KD is not multiplied by."""
+
+    kd_temperature: float = field(
+        default=1.0, metadata={"help": "Both sides' logits are divided by it before the softmax. Above 0."}
+    )
+
+
+@dataclass
 class GOLDArguments(MapperArguments):
     """What is GOLD's own."""
 
@@ -184,7 +193,7 @@ class GOLDTrainer(DistillationTrainer):
 
 @one_message
 def main() -> None:
-    run = Run(__doc__, distillation=LikelihoodArguments, method=GOLDArguments)
+    run = Run(__doc__, distillation=GOLDDistillationArguments, method=GOLDArguments)
     args, none = run.method, (np.zeros(0, dtype=np.int64),) * 2
     matched = run.shared_tokens(special=True) if args.hybrid else none
     run.train(GOLDTrainer, alignment="byte", matched=matched, beta=args.beta, matched_weight=args.matched_weight)

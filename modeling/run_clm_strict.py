@@ -29,14 +29,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modeling.errors import one_message, user_input
+from modeling.errors import one_message
 from modeling.losses.divergences import jsd_rows, kl_rows
 from modeling.losses.logits import Logits, PickedRows
 from modeling.losses.result import Losses
 from modeling.losses.rows import StudentRows
 from modeling.losses.shared_tokens import SharedTokens, shared_topk
 from modeling.text.batch import Batch
-from modeling.training.arguments import MapperArguments, check, require_likelihoods
+from modeling.training.arguments import LikelihoodArguments, MapperArguments, check
 from modeling.training.run import Run
 from modeling.training.trainer import DistillationTrainer
 
@@ -168,11 +168,8 @@ class StrictTrainer(DistillationTrainer):
 
 @one_message
 def main() -> None:
-    run = Run(__doc__, method=StrictArguments)
+    run = Run(__doc__, distillation=LikelihoodArguments, method=StrictArguments)
     args = run.method
-    if args.span_weight:
-        with user_input():
-            require_likelihoods(run.distillation, "leave it out with --span_weight, which reads")
     settings = {"topk": args.topk, "divergence": args.divergence, "span_weight": args.span_weight}
     run.train(StrictTrainer, alignment="byte", shared=run.shared_tokens(), **settings)
 

@@ -38,7 +38,9 @@ from modeling.text.messages import ChatRows
 from modeling.text.pair import PairFigures
 from modeling.text.rows import are_chat_rows, read_rows
 from modeling.training.datasets import list_faults
-from script_train.methods import methods
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "script_train"))
+from methods import methods
 
 SIDES = {"student": "", "teacher": "teacher_"}  # and the columns of an example
 PROBES = {"a number": "12345", "four spaces": "a    b", "two line ends": "a\n\nb", "a tab": "a\tb", "a word": " house"}

@@ -8,7 +8,7 @@
 
 EVAL_DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 source "$EVAL_DIR/../script_train/setup_env.sh"
-setup_env "$1"
+[[ ${DRY_RUN:-0} == 1 ]] || setup_env "$1"
 source "$EVAL_DIR/../script_train/launch.sh"
 export TOKENIZERS_PARALLELISM=false
 
@@ -19,7 +19,7 @@ require_model() {
 
 # require_module NAME: where PYTHON was given, nothing has been installed.
 require_module() {
-    "$PYTHON" -c "import $1" 2>/dev/null ||
+    [[ ${DRY_RUN:-0} == 1 ]] || "$PYTHON" -c "import $1" 2>/dev/null ||
         die "$PYTHON has no $1. Install requirements-eval.txt for it, or unset PYTHON."
 }
 

@@ -40,6 +40,9 @@ SET = os.environ  # the settings
 LAUNCH = ["bash", ROOT / "script_train/launch.sh"]
 CHOICE_FOLDER = "choice"  # in the folder of a student: what its α was chosen by
 SAMPLES = [ROOT / f"data/{name}.sample.json" for name in ("dolly_train", "code_tuning", "math_tuning")]
+OF_ROWS = (  # arguments that change what the models read
+    *("--chat", "--system", "--template_kwargs", "--train_on", "--student_chat_template", "--teacher_chat_template"),
+)
 PASSED_ON = ("LIMIT", "MAX_LENGTH", "MAX_PROMPT_LENGTH")  # to eval_dolly.sh; and where they are given:
 PASSED_ON_IF_GIVEN = ("GREEDY", "TEMPERATURE", "TOP_P", "TOP_K", "DSKD_COMPAT", "DTYPE", "ROUGE_TOKENIZER")
 
@@ -356,14 +359,19 @@ def set_file(name: str) -> Path:
     raise ValueError(f"EVAL_SETS names {name}, but there is no {SET['DATA_DIR']}/{name}/valid.jsonl. Set DATA_DIR.")
 
 
-def check_models_and_rows() -> None:
-    """Raises ValueError for what is not given or cannot be found."""
+def check_settings(further: list[str]) -> None:
+    """Raises ValueError for what is not given, cannot be found, or cannot be."""
     made = SET["MADE"].split()
     for name in ("TEACHER", "STUDENT", "DATA", "VALIDATION", "CHOICE"):
         if not SET[name]:
             raise ValueError(f"{name} is not set. It needs TEACHER, STUDENT, DATA and VALIDATION, or SMALL=1 alone.")
         if name in ("DATA", "VALIDATION", "CHOICE") and name not in made and not Path(SET[name]).is_file():
             raise ValueError(f"{name}={SET[name]} is not a file. Give a JSON file of training rows.")
+    if given := [word for word in further if word.partition("=")[0] in OF_ROWS]:
+        raise ValueError(
+            f"{given[0]}: what stands behind the command reaches the students' trainings alone, not the teacher's and "
+            "not the evaluations. Give rows with messages, and models with chat templates, instead."
+        )
     for alpha in SET["ALPHAS"].split():
         try:
             within = 0 <= float(alpha) <= 1
@@ -467,7 +475,7 @@ def write_set(data: Path, file: Path) -> None:
 
 def compare(further: list[str]) -> None:
     began = time.monotonic()
-    check_models_and_rows()
+    check_settings(further)
     seeds, (chosen, left_out) = chosen_seeds(), chosen_methods()
     dry = SET.get("DRY_RUN") == "1"
 

@@ -27,6 +27,10 @@
 
 CDM_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
+# Mappers are named after the last parts of these, which a slash at the end would hide.
+TEACHER=${TEACHER:-} STUDENT=${STUDENT:-}
+TEACHER=${TEACHER%/} STUDENT=${STUDENT%/}
+
 die() {
     printf 'error: %s\n' "$*" >&2
     exit 1
@@ -241,7 +245,14 @@ evaluate_student() {
 
 # Builds MAPPER, the vocabulary mapper of the kind MAPPER_KIND, for the tokenizers of TEACHER and STUDENT.
 build_mapper() {
-    run "$PYTHON" "$CDM_ROOT/get_vocab_mapper/get_${MAPPER_KIND}_mapper.py" --teacher "$TEACHER" --student "$STUDENT" \
+    local kind
+    case ${MAPPER_KIND,,} in
+        em) kind=em ;;
+        mined) kind=MinED ;;
+        prefixem) kind=prefixEM ;;
+        *) die "MAPPER_KIND=$MAPPER_KIND is none of em, MinED, prefixEM." ;;
+    esac
+    run "$PYTHON" "$CDM_ROOT/get_vocab_mapper/get_${kind}_mapper.py" --teacher "$TEACHER" --student "$STUDENT" \
         ${SIMI_THRESHOLD:+--simi_threshold "$SIMI_THRESHOLD"} --output "$MAPPER"
 }
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a distilled student, on a CPU, in a few minutes: installs the project, fetches a real model, makes a
-# student of it with another tokenizer, trains that with SFT and with CDM, and compares the two on held-out rows.
+# From nothing to a distilled student, on a CPU, in ten to twenty minutes: installs the project, fetches a real model,
+# makes a student of it with another tokenizer, trains that with SFT and with CDM, and compares the two on held-out rows.
 #
 #     bash script_train/quickstart.sh
 #
-# A step that is done is not done again; what was made with other settings is named. FRESH=1 starts over. Every setting
-# can be given in front of the command. PYTHON, VENV and BASE_PYTHON: see setup_env.sh; DEVICE and PRECISION (on a CPU by
-# default bf16 where the processor has it): see launch.sh.
+# A step that is done is not done again; what was made with other settings is named. FRESH=1 starts over. The settings
+# of the block below can be given in front of the command. PYTHON, VENV and BASE_PYTHON: see setup_env.sh; DEVICE and
+# PRECISION (on a CPU by default bf16 where the processor has it): see launch.sh.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 source "$here/setup_env.sh"
@@ -27,9 +27,9 @@ VOCAB_SIZE=${VOCAB_SIZE:-4096}           # of the student's tokenizer, which is 
 
 EPOCHS=${EPOCHS:-1}                      # of SFT and of CDM alike, as is all that follows
 LEARNING_RATE=${LEARNING_RATE:-4e-4}
-BATCH_SIZE=${BATCH_SIZE:-4}
-KD_ALPHA=${KD_ALPHA:-0.9}                # CDM alone from here on
-KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}
+BATCH_SIZE=${BATCH_SIZE:-4}              # the teacher's too
+KD_ALPHA=${KD_ALPHA:-0.9}                # of CDM alone
+KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}    # of CDM, and of the KD to the teacher that is measured of all, as what follows
 TOPK=${TOPK:-100}
 SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}
 ALIGNMENT=${ALIGNMENT:-dtw}

@@ -91,7 +91,9 @@ def contextual_kl(
         ]
     )
     matched_students, matched_teachers = to_device(torch.from_numpy(matches), device)
-    found_students, found_teachers = matched_students >= 0, matched_teachers >= 0
+    # A candidate without any probability (a folded stop token, where k is as large as the vocabulary) teaches nothing.
+    found_students = (matched_students >= 0) & (teacher_top.values > -torch.inf)
+    found_teachers = (matched_teachers >= 0) & (student_top.values > -torch.inf)
 
     # Columns 0 … k−1 are the pairs of P_→, columns k … 2k−1 those of P_←. (−1 reads column 0, and is masked.)
     matched_logits = group_means(gather(teacher_logits, matched_teachers.clamp(min=0), groups.teacher), groups.teacher)

@@ -195,8 +195,8 @@ class ResponseCollator:
         ends = list(zip(teacher.byte_ends, student.byte_ends))
         if self.alignment == "byte":
             special = tuple(
-                encoder.forms.is_special[side.labels.numpy()]
-                for encoder, side in ((self.teacher, teacher), (self.student, student))
+                encoder.forms.is_special[labels] | (labels == encoder.eos_id)  # a stop token need not be flagged
+                for encoder, labels in ((self.teacher, teacher.labels.numpy()), (self.student, student.labels.numpy()))
             )
             examples = [byte_groups(*pair) for pair in ends]
             return replace(batch, groups=Groups.of(ends, examples, special, batch.same_start))

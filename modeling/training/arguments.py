@@ -243,25 +243,17 @@ class SoftDistillationArguments(DistillationArguments):
 
 @dataclass
 class LikelihoodArguments(DistillationArguments):
-    """The same, for methods that read the teacher's probability of the text's own tokens."""
+    """The same, for methods that read the teacher's probability of tokens which may not be among its likeliest."""
 
     def __post_init__(self):
         super().__post_init__()
-        require_likelihoods(self, "leave it out: this method reads")
-
-
-def require_likelihoods(arguments: DistillationArguments, remedy: str) -> None:
-    """Raises ValueError where the teacher's probability of the text's own tokens is not kept.
-
-    Args:
-        remedy: what to do, up to "reads".
-    """
-    check(
-        arguments.teacher_cache_topk is None,
-        *("teacher_cache_topk", arguments.teacher_cache_topk),
-        f"{remedy} the teacher's probability of the text's own tokens, and of one that is not among the K largest, "
-        "only an equal share of the rest is kept",
-    )
+        check(
+            self.teacher_cache_topk is None,
+            *("teacher_cache_topk", self.teacher_cache_topk),
+            "leave it out: this method reads the teacher's probability of tokens that the teacher did not choose (the "
+            "text's own tokens, or the student's likeliest), and of one that is not among the K largest, only an equal "
+            "share of the rest is kept",
+        )
 
 
 @dataclass
@@ -271,8 +263,9 @@ class MapperArguments:
     teacher_to_student_id_mapping: str | None = field(
         default=None,
         metadata={
-            "help": "The mapper file of this pair, made by a script of get_vocab_mapper/, or a JSON file {teacher id: "
-            "student id} as the published scripts have it (0 = unmapped). By default the one in --mapper_dir."
+            "help": "The mapper file of this pair, of the kind that the method reads, made by a script of "
+            "get_vocab_mapper/; or a JSON file {teacher id: student id} as the published scripts have it (0 = "
+            "unmapped). By default the one in --mapper_dir."
         },
     )
     mapper_dir: str | None = field(

@@ -1,4 +1,4 @@
-"""What a checkpoint can only be resumed with: recorded in it, and compared before a run resumes from it."""
+"""What a checkpoint can only be resumed with, and what else its run was asked for: recorded in it, and compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,6 +51,39 @@ def resume_settings(model: nn.Module, args: TrainingArguments) -> dict[str, str]
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     settings["freeze_emb or --freeze_layers"] = f"training {_described(trained)}"
     return settings
+
+
+# Where and how fast a run computes, and what it is evaluated on: none of it is in a checkpoint.
+NOT_NOTED = (
+    *("preprocessing_num_workers", "teacher_device", "teacher_zero3", "teacher_cache", "mapper_dir"),
+    *("validation_file", "max_eval_samples"),
+)
+
+
+def noted_settings(*groups: object) -> dict[str, str]:
+    """The script and its arguments that may change before a run resumes, and make it another experiment.
+
+    Args:
+        groups: dataclasses of arguments, or None. Of `TrainingArguments` a few count.
+    """
+    noted = {"the script": Path(sys.argv[0]).name}
+    for group in filter(None, groups):
+        names = ("learning_rate", "weight_decay", "seed") if isinstance(group, TrainingArguments) else vars(group)
+        for name in names:
+            value = getattr(group, name)
+            if name not in NOT_NOTED:
+                is_path = isinstance(value, str) and Path(value).exists()
+                noted[f"--{name}"] = str(Path(value).resolve() if is_path else value)
+    return noted
+
+
+def changed_settings(checkpoint: Path, noted: dict[str, str]) -> list[str]:
+    """How `noted_settings` differ from those that a checkpoint holds, each in words."""
+    record = checkpoint / SETTINGS
+    saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return [
+        f"{name} was {saved[name]}, and is {value}" for name, value in noted.items() if saved.get(name, value) != value
+    ]
 
 
 def target_names(targets: str | Iterable[str] | None) -> list[str]:

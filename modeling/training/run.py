@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
-import sys
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
-from peft import PeftModel
 from transformers import set_seed
-from transformers.trainer_utils import TrainOutput
 
 from get_vocab_mapper.builders import exact_matches
 from get_vocab_mapper.mapper import VocabMapper, build_command
@@ -26,7 +21,7 @@ from get_vocab_mapper.mapper_file import load_mapper
 from get_vocab_mapper.pair_mapper import mapper_for_pair
 from modeling.errors import InputError, user_input
 from modeling.losses.logits import loss_memory
-from modeling.models.language_model import LanguageModel, merged
+from modeling.models.language_model import LanguageModel
 from modeling.models.output_head import unwrapped
 from modeling.text.batch import Alignment, ResponseCollator
 from modeling.text.encoder import Encoder, require_same_tokenizer
@@ -36,19 +31,10 @@ from modeling.text.pair import PairFigures
 from modeling.text.rows import are_chat_rows
 from modeling.text.sources import require_source
 from modeling.training.arguments import DataArguments, DistillationArguments, StudentArguments, check
-from modeling.training.checkpoints import (
-    STATE,
-    STOPPED,
-    StopOnSigterm,
-    defect,
-    last_complete_checkpoint,
-    publish,
-    saving,
-    set_aside,
-)
+from modeling.training.course import train_save_evaluate
 from modeling.training.datasets import load_data
 from modeling.training.parsing import parse_arguments
-from modeling.training.resume_settings import require_settings, resume_settings
+from modeling.training.resume_settings import noted_settings
 from modeling.training.student import load_student
 from modeling.training.teacher import load_teacher
 from modeling.training.trainer import ResponseTrainer
@@ -142,6 +128,15 @@ class Run:
         model.require_room_for(self.data.block_size)
         return model
 
+    def second_teacher(self, flag: str) -> LanguageModel | None:
+        """The one that a flag of the method's names, with the student's tokens; what stops it stops the student too."""
+        if (path := getattr(self.method, flag)) is None:
+            return None
+        second = self.model(path, flag)
+        self.require_same_tokenizer(second)
+        self.encoders = shared_ends(*self.encoders, second.encoder)[: len(self.encoders)]
+        return second
+
     def require_same_tokenizer(self, teacher: LanguageModel | None = None) -> None:
         """Raises InputError unless the student and a teacher (by default the teacher) have one tokenizer."""
         teacher = teacher or self.teacher
@@ -167,8 +162,9 @@ class Run:
         """
         mapper = self._mapper(kind, threshold, any_kind)
         student, teacher = self.encoders
-        if all(side.stop_ids == (side.tokenizer.eos_token_id,) for side in self.encoders):
-            return mapper  # which tokenizers declare, and mappers are built with
+        declared = all(side.stop_ids == (side.tokenizer.eos_token_id,) for side in self.encoders)
+        if declared and mapper.kind != "published":
+            return mapper  # which is built with what tokenizers declare
         return mapper.with_ends(teacher.stop_ids, student.stop_ids)
 
     def _mapper(self, kind: str, threshold: float, any_kind: bool) -> VocabMapper:
@@ -196,8 +192,14 @@ class Run:
         Raises InputError where there is none, and as `mapper`.
         """
         mapper = self.mapper("em", threshold=0.0)  # without the tables of similar tokens
-        sides = self.teacher.encoder.forms, self.student.encoder.forms
-        pairs = mapper.mutual_pairs(None if special else tuple(forms.is_special for forms in sides))
+        teacher, student = sides = self.teacher.encoder.forms, self.student.encoder.forms
+        is_special = tuple(forms.is_special.copy() for forms in sides)
+        for flags, encoder in zip(is_special, reversed(self.encoders)):
+            flags[list(encoder.stop_ids)] = True
+        pairs = mapper.mutual_pairs(None if special else is_special)
+        if mapper.kind == "published":  # which may map tokens of any bytes
+            alike = [is_special[0][t] or teacher.forms[t] == student.forms[s] for t, s in zip(*pairs)]
+            pairs = tuple(ids[alike] for ids in pairs)
         if not len(pairs[0]):
             raise InputError(
                 f"The tokenizers {sides[0].name!r} and {sides[1].name!r} share no token, and this method compares the "
@@ -211,12 +213,9 @@ class Run:
         Args:
             trainer: its class.
             alignment: that the method asks the collator for.
-            settings: further arguments of the trainer's. A `LanguageModel` among them is a second teacher, which is fed
-                the student's tokens.
+            settings: further arguments of the trainer's. A `LanguageModel` among them is a `second_teacher`.
         """
-        second = [setting.encoder for setting in settings.values() if isinstance(setting, LanguageModel)]
-        encoders = shared_ends(*self.encoders, *second)[: len(self.encoders)]
-        model = load_student(self.student, self.student_args)
+        encoders, model = self.encoders, load_student(self.student, self.student_args)
         stop_ids = list(encoders[0].stop_ids)
         unwrapped(model).generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
         datasets = load_data(self.data, self.training, encoders, self.chat)
@@ -238,108 +237,15 @@ class Run:
                 if isinstance(setting, LanguageModel):
                     settings[name] = load_teacher(setting, *teachers, prefix="")
         with loss_memory(self.training.loss_memory):
-            train_save_evaluate(
-                trainer(
-                    model=model,
-                    args=self.training,
-                    train_dataset=datasets[0],
-                    eval_dataset=datasets[1],
-                    data_collator=ResponseCollator(*encoders, alignment=alignment),
-                    processing_class=self.student.encoder.tokenizer,
-                    student_vocab_size=self.student.vocab_size,
-                    **settings,
-                )
+            made = trainer(
+                model=model,
+                args=self.training,
+                train_dataset=datasets[0],
+                eval_dataset=datasets[1],
+                data_collator=ResponseCollator(*encoders, alignment=alignment),
+                processing_class=self.student.encoder.tokenizer,
+                student_vocab_size=self.student.vocab_size,
+                **settings,
             )
-
-
-def train_save_evaluate(trainer: ResponseTrainer) -> None:
-    """Trains, saves, evaluates, as the arguments say.
-
-    It resumes from a whole checkpoint in the output folder; --resume_from_checkpoint false starts over.
-    A LoRA student is saved as its adapter (with the path of the base model), or, with --merge_lora true, merged.
-    Evaluation comes last, when all is saved: it may cast the model (--bf16_full_eval). It is of the model as saved.
-    After SIGTERM the training saves a checkpoint and exits with status 143: no model is written, nothing evaluated.
-    """
-    args = trainer.args
-    if args.do_train:
-        result = _train(trainer)
-        trainer.model.config.use_cache = True  # off in training; whoever generates with the saved model wants it
-        # Under a name of its own until it is whole: a run may end while it saves.
-        target, part = Path(args.output_dir, "adapter" if args.merge_lora else ""), Path(args.output_dir, ".saving")
-        with saving(target):
-            trainer.save_model(str(part))
-            trainer.accelerator.wait_for_everyone()
-            if args.should_save and isinstance(trainer.model, PeftModel):  # which saves the adapter alone
-                unwrapped(trainer.model).generation_config.save_pretrained(part)
-            if args.should_save:
-                publish(part, target)
-            trainer.log_metrics("train", result.metrics)
-            trainer.save_metrics("train", result.metrics)
-            trainer.save_state()
-        if args.merge_lora:
-            model = merged(trainer.model)  # on every rank: what is evaluated is what is saved
-            if args.should_save:
-                with saving(args.output_dir):
-                    model.save_pretrained(part)
-                    trainer.processing_class.save_pretrained(part)
-                    publish(part, Path(args.output_dir))
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-
-
-def _train(trainer: ResponseTrainer) -> TrainOutput:
-    """The training, from a checkpoint where there is one. Exits the process where SIGTERM ended it."""
-    checkpoint = _checkpoint(trainer.args)
-    before = 0  # steps
-    if checkpoint is not None:
-        require_settings(Path(checkpoint), resume_settings(trainer.model, trainer.args))
-        before = json.loads(Path(checkpoint, STATE).read_text())["global_step"]
-    stop = StopOnSigterm()
-    trainer.add_callback(stop)
-    with stop.listening():
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.stopping:
-            # A launcher ends all ranks as soon as one has ended.
-            trainer.accelerator.wait_for_everyone()
-            logger.warning(
-                "SIGTERM: stopped after step %d of %d, which is saved. The same command, started again, resumes there.",
-                *(trainer.state.global_step, trainer.state.max_steps),
-            )
-            sys.exit(STOPPED)
-    if result.global_step > before:
-        result.metrics.update(costs(result, before, trainer.args.device))
-    elif checkpoint is not None:
-        logger.info("All %d steps had been trained before.", result.global_step)
-        del result.metrics["train_loss"]  # the mean over no step
-    return result
-
-
-def costs(result: TrainOutput, steps_before: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each optimizer step, and the most memory of this device in GiB; on a CPU, of this process."""
-    if device.type == "cpu":
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
-    else:
-        peak = torch.accelerator.max_memory_allocated()
-    seconds = result.metrics["train_runtime"] / (result.global_step - steps_before)
-    return {"train_seconds_per_step": round(seconds, 4), "train_peak_memory_gib": round(peak / 2**30, 3)}
-
-
-def _checkpoint(args: TrainingArguments) -> str | None:
-    wish = args.resume_from_checkpoint
-    if wish is not None and wish.lower() in ("false", "no"):
-        if args.should_save and (place := set_aside(args.output_dir)) is not None:
-            logger.warning("Starting over: the checkpoints of an earlier run in %s are now in %s.", place.parent, place)
-        return None
-    if wish is not None and wish.lower() not in ("true", "yes"):
-        if (what := defect(Path(wish))) is not None:
-            raise InputError(f"--resume_from_checkpoint {wish}: {what} Give another checkpoint, or leave the flag out.")
-        return wish
-    last = last_complete_checkpoint(args.output_dir)
-    if wish is not None and last is None:
-        raise InputError(f"--resume_from_checkpoint {wish}: {args.output_dir} holds no complete checkpoint.")
-    if last is not None:
-        logger.info("Resuming from %s. To start over, give --resume_from_checkpoint false.", last)
-    return last
+            made.noted_settings = noted_settings(self.data, self.distillation, self.method, self.training)
+            train_save_evaluate(made)

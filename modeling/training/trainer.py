@@ -85,6 +85,7 @@ class ResponseTrainer(Trainer):
     def __init__(self, *args, student_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.student_vocab_size = student_vocab_size
+        self.noted_settings: dict[str, str] = {}  # `resume_settings.noted_settings`, for the checkpoints
         self.student_head: OutputHead | None = None  # found when the model is where it will be trained
         self.router_loss: Tensor | None = None  # of the student's last forward
         self.end_choice: Tensor | None = None  # likewise: what cross-entropy adds, float [R_S]
@@ -227,7 +228,7 @@ class ResponseTrainer(Trainer):
             if self.args.should_save:
                 if folder.exists():
                     shutil.rmtree(folder)
-                write_settings(folder, resume_settings(self.model, self.args))
+                write_settings(folder, self.noted_settings | resume_settings(self.model, self.args))
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 

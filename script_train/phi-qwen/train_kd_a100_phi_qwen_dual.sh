@@ -22,7 +22,7 @@ TEACHER_ZERO3=${TEACHER_ZERO3:-false}                  # true: shard both teache
 KD_ALPHA=${KD_ALPHA:-0.5}                              # share of cross-entropy in the loss, 0 to 1
 KD_TEMPERATURE=${KD_TEMPERATURE:-1.0}                  # divides both sides' logits
 TOPK=${TOPK:-100}                                      # tokens of each side that a group maps
-SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}                  # nearer strings count as similar, above 0, at most 1
+SIMI_THRESHOLD=${SIMI_THRESHOLD:-0.3}                  # nearer strings count as similar; a larger one needs a new MAPPER
 ALIGNMENT=${ALIGNMENT:-dtw}                            # dtw (the paper's) or byte (exact, by byte positions)
 
 EPOCHS=${EPOCHS:-3}

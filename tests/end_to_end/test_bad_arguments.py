@@ -166,16 +166,10 @@ def test_a_beta_that_is_no_share(refused, beta):
     assert f"--beta is {beta}: give a number from 0 (forward KL) to 1 (reverse KL)" in refused("BPM", beta=beta)
 
 
-@pytest.mark.parametrize(
-    ("method", "changes", "also"),
-    [
-        ("Strict", {"span_weight": 0.1}, "leave it out with --span_weight"),
-        *((method, {}, "leave it out: this method") for method in ("GOLD", "SimCT", "ALM")),
-    ],
-)
-def test_what_is_not_kept_of_a_teacher_cannot_be_read(refused, tmp_path, method, changes, also):
-    message = refused(method, teacher_cache=tmp_path / "cache", teacher_cache_topk=50, **changes)
-    assert message.startswith("--teacher_cache_topk is 50") and also in message and "the text's own tokens" in message
+@pytest.mark.parametrize("method", ["Strict", "BPM", "GOLD", "SimCT", "ALM"])
+def test_what_is_not_kept_of_a_teacher_cannot_be_read(refused, tmp_path, method):
+    message = refused(method, teacher_cache=tmp_path / "cache", teacher_cache_topk=50)
+    assert message.startswith("--teacher_cache_topk is 50: leave it out: this method reads the teacher's probability")
 
 
 def test_vocabularies_without_a_common_token(refused, rig, monkeypatch):

@@ -517,6 +517,24 @@ def test_a_pair_of_one_model_and_two_tokenizers(pair, tmp_path):
     assert "quickstart_models.py teacher" in done.stdout and "quickstart_models.py split" not in done.stdout
 
 
+    done = compare(pair, tmp_path / "none", **own, STUDENT_TOKENIZER=pair.student, KD_ALPHA=0.7)
+    assert "rows for choosing" not in done.stdout and "--kd_alpha 0.7" in done.stdout
+
+
+def test_each_method_keeps_its_own_k(pair, tmp_path):
+    settings = {"DRY_RUN": 1, "METHODS": "CDM Strict", "SEEDS": 1, "TEACHER_READY": 1, "TRIAL_STEPS": 0}
+    for given, expected in (({}, ["100", "16"]), ({"TOPK": 20}, ["20", "20"])):
+        done = compare(pair, tmp_path / "none", **settings, **given)
+        words = commands(done)
+        assert [value(w, "--topk") for w in words if value(w, "--do_train")] == expected
+        assert {value(w, "--topk") for w in words if value(w, "--do_eval") and value(w, "--topk")} == {expected[0]}
+
+
+def test_what_changes_the_rows_is_not_for_the_students_alone(pair, tmp_path):
+    done = compare(pair, tmp_path / "none", "--chat", "true", fails=True, METHODS="SFT")
+    assert done.returncode == 2 and "error: --chat: what stands behind the command" in done.stderr
+
+
 def test_a_method_with_settings_of_its_own_is_another_method(pair, tmp_path):
     chosen = "CDM CDM:ALIGNMENT=byte,TOPK=7 CDM:MAPPER_KIND=prefixEM"
     done = compare(pair, tmp_path / "none", DRY_RUN=1, METHODS=chosen, TRIAL_STEPS=0, SEEDS=1, TEACHER_READY=1)

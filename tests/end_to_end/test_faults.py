@@ -310,6 +310,16 @@ def test_what_may_change_when_a_checkpoint_is_resumed(bench, whole, adapted, tmp
     assert steps(tmp_path / "out")[-1]["step"] == changes.get("max_steps", 4)
 
 
+def test_another_experiment_in_the_same_folder_is_told(bench, whole, tmp_path):
+    """Also where nothing is left to train: the folder's model is not that of the new settings."""
+    same = resumed(bench, whole, tmp_path / "same")
+    assert same.status == 0 and "other settings" not in same.output
+    done = resumed(bench, whole, tmp_path / "out", learning_rate=1e-4, block_size=100)
+    (line,) = [line for line in done.output.splitlines() if "is of a run with other settings" in line]
+    assert "--block_size was 48, and is 100" in line and "--learning_rate was 0.01, and is 0.0001" in line
+    assert "--seed" not in line and "--resume_from_checkpoint false starts over" in line
+
+
 def test_the_record_of_a_checkpoints_settings(bench, whole, tmp_path):
     """A checkpoint of DeepSpeed's is none of a plain run's; an old one has no record, and is resumed."""
     shutil.copytree(whole / "checkpoint-3", tmp_path / "out/checkpoint-3")

@@ -202,7 +202,8 @@ def side_and_logits(path, n_tokens):
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         logits = [model(input_ids=ids[None]).logits[0, -4:-1, :n_tokens] for ids in rows]
-    examples = [{"input_ids": ids, "response_start": len(ids) - 3, "byte_ends": [1, 2, 3], "byte_start": 0} for ids in rows]
+    response = {"byte_ends": [1, 2, 3], "byte_start": 0}
+    examples = [{"input_ids": ids, "response_start": len(ids) - 3, **response} for ids in rows]
     return Side.of(examples, "", pad_id=0), torch.cat(logits)
 
 

@@ -1,5 +1,6 @@
 """The shell scripts: shellcheck finds nothing, they declare the methods, and spaces in paths do no harm."""
 
+import ast
 import os
 import platform
 import re
@@ -34,6 +35,30 @@ def test_shellcheck_finds_nothing():
     command = [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", "--severity=style", *SCRIPTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_script_imports_nothing_that_its_folder_and_the_installed_packages_lack():
+    """Started as `python FOLDER/SCRIPT.py`, Python finds the script's own folder, not the project's."""
+    for path in sorted(p for folder in ("data", "script_eval", "script_train") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            folders = {"data", "script_eval", "script_train", "tests"}
+            assert not folders & {module.partition(".")[0] for module in modules}, path
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"MAPPER_KIND": "mined"}, "get_MinED_mapper.py"),
+        ({"MAPPER_KIND": "prefixem"}, "get_prefixEM_mapper.py"),
+        ({"TEACHER": "a/teacher/", "STUDENT": "b/student/"}, "teacher-to-student.em.safetensors"),
+    ],
+)
+def test_how_mappers_are_named(settings, words):
+    shell = ROOT / "script_train/phi-qwen/train_kd_a100_phi_qwen_CDM.sh"
+    env = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "DRY_RUN": "1", **settings}
+    assert words in subprocess.run(["bash", shell], env=env, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
