@@ -148,6 +148,13 @@ def test_a_published_file_with_missing_ids_is_taken(call, method, tmp_path):
     assert status == 0
 
 
+def test_pairs_of_a_published_file_with_unlike_bytes_are_not_shared_tokens(refused, tmp_path):
+    path = tmp_path / "published.json"
+    path.write_text('{"300": 30, "301": 31}')
+    with pytest.warns(UserWarning, match="It leaves out"):
+        assert "share no token" in refused("Strict", teacher_to_student_id_mapping=path)
+
+
 def test_a_threshold_above_the_mappers(rig, refused):
     message = refused("CDM", simi_threshold=0.5)
     assert f"{rig.em} holds similar tokens below 0.3 only, and --simi_threshold 0.5 is asked for. Give 0.3" in message

@@ -1,26 +1,30 @@
 """The end of a response is one event: labels, mappers, logits and losses of two sides that end with other tokens."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken
 
 from get_vocab_mapper.builders import build_em, build_mined, build_prefixem
 from modeling.errors import InputError
 from modeling.losses.logits import ChunkedLogits, folded, stop_logits
 from modeling.models.language_model import LanguageModel
 from modeling.models.output_head import logits_at
+from modeling.text.batch import ResponseCollator
 from modeling.text.chat import ChatTemplate
 from modeling.text.encoder import Encoder, prepare_example
 from modeling.text.ends import end_choice, fold_ends, shared_ends, stop_tokens
 from modeling.text.messages import ChatRows
 from modeling.text.rows import read_rows
+from modeling.training.run import Run
 from tests.methods import METHODS
 from tests.unit import chat_templates as made
 from tests.unit.helpers import Headed, Pair, assert_same, make_trainer, random_logits
-from tests.unit.tokenizer_zoo import SAMPLE_TEXTS
+from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
 STOPS = (4, 0, 6)
 
@@ -199,6 +203,49 @@ def test_every_method_compares_one_ending(chats, method, chunk, tmp_path):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for gradient, parameter in zip(got, trainer.model.parameters()):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_vocabulary_of_cdm(chats, tmp_path):
+    """The columns of folded stop tokens are among all k candidates, and teach nothing."""
+    trainer = make_trainer("CDM", chats, tmp_path)
+    trainer.topk = 10**6
+    batch = trainer.data_collator(chats.prepared("CDM", slice(2), longest=30))
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=7)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in trainer.model.parameters() if p.grad is not None)
+    sides = own_logits(trainer, trainer.teacher.model, batch)
+    stops = batch.student.stop_ids, batch.teacher.stop_ids
+    folded_sides = [fold_ends(z.detach().clone(), stop_ids) for z, stop_ids in zip(sides, stops)]
+    losses = METHODS["CDM"].losses(*folded_sides, batch, chats.mappers, topk=10**6)
+    assert losses.kd.isfinite().all() and losses.kd_sum() > 0
+
+
+def test_what_stops_a_second_teacher_stops_the_student_too(chats):
+    """From the mapper on, which is made before the rows are read."""
+    end, eos = chats.student.stop_ids
+    run = object.__new__(Run)
+    run.method = SimpleNamespace(same_tokenizer_teacher_path="second")
+    run.student, run.teacher, second = (
+        SimpleNamespace(encoder=encoder)
+        for encoder in (chats.student.with_stop_ids([eos]), chats.teacher, chats.student)
+    )
+    run.model = lambda path, flag: second
+    assert run.encoders[0].stop_ids == (eos,)
+    assert run.second_teacher("same_tokenizer_teacher_path") is second
+    assert run.encoders[0].stop_ids == (eos, end) and run.encoders[1].stop_ids == chats.teacher.stop_ids
+
+
+def test_a_stop_token_that_is_not_flagged_special_is_no_text():
+    tokenizers = [byte_level_bpe(), sentencepiece_bpe()]
+    encoders = []
+    for tokenizer in tokenizers:
+        tokenizer.add_tokens([AddedToken("<|done|>", special=False)])
+        end = tokenizer.convert_tokens_to_ids("<|done|>")
+        encoders.append(Encoder(tokenizer, stop_ids=[end, tokenizer.eos_token_id]))
+        assert not encoders[-1].forms.is_special[end]
+    example = prepare_example({"row": 1, "prefix": "Say: ", "text": "The dog."}, encoders, 64)
+    units = ResponseCollator(*encoders, "byte")([example]).groups.units
+    assert units[:-1].any() and not units[-1]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "SFT"])
