@@ -172,7 +172,7 @@ def _matches_of(
     for special in (False, True):
         takes_part = other.is_special == special
         takes_part[list(other_by_role)] = False
-        id_of_form = _preferred_ids(other, takes_part)
+        id_of_form = preferred_ids(other, takes_part)
         for v in np.flatnonzero(side.is_special == special):
             matches[v] = id_of_form.get(side.forms[v], -1)
     for v, u in by_role.items():
@@ -180,7 +180,7 @@ def _matches_of(
     return matches
 
 
-def _preferred_ids(forms: TokenForms, takes_part: np.ndarray) -> dict[bytes, int]:
+def preferred_ids(forms: TokenForms, takes_part: np.ndarray) -> dict[bytes, int]:
     """The first id by preference of each form, among those that take part (bool [V]). No text, b"", is left out."""
     preferred: dict[bytes, int] = {}
     for token_id in forms.by_preference[takes_part[forms.by_preference]].tolist():

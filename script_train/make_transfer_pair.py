@@ -23,30 +23,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from get_vocab_mapper.builders import preferred_ids
 from get_vocab_mapper.prefix_search import PrefixSearch
-from get_vocab_mapper.token_forms import TokenForms, token_forms
+from get_vocab_mapper.token_forms import ROLES, TokenForms, token_forms
 from modeling.errors import InputError, one_message, user_input
 from modeling.models.language_model import LanguageModel
 from modeling.text.json_files import read_json
+from modeling.training.student import transformer_layers
 
-ROLES = ("eos", "bos", "pad", "unk")
 
-
-def pieces_of(old: TokenForms, old_tokenizer, new: TokenForms, new_tokenizer) -> list[list[int]]:
+def pieces_of(old: TokenForms, old_tokenizer, new: TokenForms) -> list[list[int]]:
     """Of each new token the old ids whose rows make its own; none where nothing stands for it."""
-    search, exact = PrefixSearch(old), {}
-    for i in old.by_preference[::-1].tolist():
-        if not old.is_special[i]:
-            exact[old.forms[i]] = i
-    roles = {
-        new_id: old_id
-        for role in reversed(ROLES)
-        if (new_id := getattr(new_tokenizer, f"{role}_token_id")) is not None
-        and (old_id := getattr(old_tokenizer, f"{role}_token_id")) is not None
-    }
+    search, exact = PrefixSearch(old), preferred_ids(old, ~old.is_special)
+    roles = {new.roles[role]: old.roles[role] for role in reversed(ROLES) if role in new.roles and role in old.roles}
     pieces = []
     for i, form in enumerate(new.forms):
         if i in roles:
@@ -107,12 +98,8 @@ def keep_layers(model: PreTrainedModel, count: int) -> list[int]:
     Raises InputError where the model has not so many, or keeps its layers elsewhere than others do.
     """
     config = model.config.get_text_config()
-    layers = next(
-        (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers), None
-    )
-    if layers is None:
-        found = f"{type(model).__name__} has no list of its {config.num_hidden_layers} layers"
-        raise InputError(f"--layers {count}: {found}. Leave --layers out.")
+    with user_input(f"--layers {count}"):
+        layers = transformer_layers(model)
     if not 1 <= count <= len(layers):
         raise InputError(f"--layers {count}: give 1 to {len(layers)}, which the model has.")
     kept = np.linspace(0, len(layers) - 1, count).round().astype(int).tolist() if count > 1 else [0]
@@ -156,17 +143,17 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     else:
         tokenizer = trained_tokenizer(source.tokenizer, args.train_tokenizer, args.vocab_size)
-    pieces = pieces_of(source.encoder.forms, source.tokenizer, token_forms(tokenizer), tokenizer)
+    pieces = pieces_of(source.encoder.forms, source.tokenizer, token_forms(tokenizer))
     if args.layers is not None:
         print(f"layers kept: {keep_layers(model, args.layers)}")
     give_vocabulary(model, pieces, tokenizer)
+    counts = [len(p) for p in pieces]
+    report = {"tokens": len(counts), "copied": counts.count(1), "mean of several": sum(n > 1 for n in counts)}
+    report["without a text"] = counts.count(0)
     unfinished = args.output.with_name(args.output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    counts = [len(p) for p in pieces]
-    report = {"tokens": len(counts), "copied": counts.count(1), "mean of several": sum(n > 1 for n in counts)}
-    report["without a text"] = counts.count(0)
     (unfinished / "transfer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(args.output, ignore_errors=True)
     unfinished.rename(args.output)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modeling.errors import InputError, first_line
+from modeling.errors import InputError, first_line, user_input
 from modeling.models.language_model import LanguageModel
 from modeling.training.arguments import StudentArguments
 from modeling.training.resume_settings import target_names
@@ -31,7 +31,8 @@ def load_student(student: LanguageModel, args: StudentArguments) -> PreTrainedMo
     if args.freeze_emb:
         model.get_input_embeddings().requires_grad_(False)
     if args.freeze_layers:
-        layers = transformer_layers(model)
+        with user_input(f"--freeze_layers {args.freeze_layers}"):
+            layers = transformer_layers(model)
         if args.freeze_layers > len(layers):
             raise InputError(f"--freeze_layers is {args.freeze_layers}: {student.path} has {len(layers)} layers.")
         for layer in layers[: args.freeze_layers]:
@@ -90,4 +91,4 @@ def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
-    raise InputError(f"--freeze_layers: {type(model).__name__} shows no list of its {n_layers} transformer layers.")
+    raise InputError(f"{type(model).__name__} shows no list of its {n_layers} transformer layers: leave the flag out")

@@ -47,6 +47,7 @@ def batch(n_rows: int, alignment: batches.Alignment | None) -> batches.Batch:
         "input_ids": np.arange(n_rows + 1),
         "response_start": 1,
         "byte_ends": places + 1,
+        "byte_start": 0,
     }
     side = batches.Side.of([example], "", 0)
     distances = batches.TokenDistances(1 - np.eye(n_rows, dtype=np.uint16), places, places)
