@@ -536,6 +536,7 @@ def draw_differences(found: dict[str, dict[str, Cell]], baseline: str, look: dic
             if cell := found[method].get(column):
                 axis.errorbar(cell.mean, place, xerr=cell.std, fmt="o", capsize=3, color=look[method]["color"])
         axis.axvline(0, color="0.45", linestyle="--", linewidth=1.2)
+        axis.locator_params(axis="x", nbins=5)
         better = "←" if column in LESS_IS_BETTER else "→"
         axis.set(title=f"{column} minus {baseline}'s", xlabel=f"better {better}", ylim=(-0.6, len(names) - 0.4))
         axis.grid(alpha=0.3)

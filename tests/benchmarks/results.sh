@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The comparison in the README's Results, from the files of Dolly and GSM8K to the table and the picture. It takes about
-# three hours on two cores, and resumes.
+# The comparison in the README's Results, from the files of Dolly and GSM8K to the table and the picture. It takes
+# about two hours on two cores, and resumes.
 #
 #     DOLLY=databricks-dolly-15k.jsonl DOLLY_TEST=valid.jsonl GSM8K=train.jsonl bash tests/benchmarks/results.sh
 #
