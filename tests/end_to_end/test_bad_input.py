@@ -541,7 +541,8 @@ def test_a_chat_model_teaches_a_base_model(script, model, tmp_path):
     pair = {"model_name_or_path": student, "teacher_path": teacher, "train_file": train_file}
     run = script("distill_CDM", **pair, teacher_to_student_id_mapping=mapper, alignment="byte", topk=20)
     (step,) = steps(run.output)
-    assert step["aligned"] == 1.0 and step["kd_loss"] > 0
+    # All but one of 35, the student's " The" behind "Say: ", which holds the prompt's last space.
+    assert step["aligned"] == pytest.approx(34 / 35) and step["kd_loss"] > 0
     assert step["ce_loss"] == pytest.approx(expected_ce(student, rows), rel=1e-5)
     # With a student of the same vocabulary, token by token: which token is declared EOS may differ.
     chat.eos_token = "<|endoftext|>"
