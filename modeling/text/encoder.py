@@ -122,7 +122,8 @@ class Encoder:
                 ends = np.append(ends, end_of_text)
             ends[-1] = end_of_text + 1
         start = max(start, 1)
-        ends, before = ends[start - first :], ends[start - first - 1] if start > first else -border
+        place = start - first  # 0 where the first token of the text is of the response
+        ends, before = ends[place:], ends[place - 1] if 0 < place <= len(ends) else -border
         if before < 0 and len(ends):
             # Not all that lies between belongs to the token: a normaliser may have dropped it.
             before = min(0, max(before, ends[0] - self.forms.lengths[ids[start]]))

@@ -247,7 +247,7 @@ def test_responses_of_one_token(pair, method):
     for example in examples:
         for side in ("", "teacher_"):
             example[f"{side}response_start"] = len(example[f"{side}input_ids"]) - 1
-            example[f"{side}byte_ends"] = [1]
+            example[f"{side}byte_ends"], example[f"{side}byte_start"] = [1], 0
     batch = pair.collator(method)(examples)
     _, student, teacher = logits_for(pair, method, batch)
     losses = METHODS[method].losses(student, teacher, batch, pair.mappers)
