@@ -45,7 +45,6 @@ from modeling.losses.rows import StudentRows
 from modeling.models.teachers import Teacher
 from modeling.text.batch import Batch
 from modeling.training.arguments import MapperArguments, check
-from modeling.training.finite_check import TEACHER, largest
 from modeling.training.run import Run
 from modeling.training.trainer import DistillationTrainer
 
@@ -171,8 +170,8 @@ class CDMTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student, teacher, second = self.student_logits(model, inputs), self.teacher_logits(inputs), None
         if self.same_tokenizer_teacher is not None:
-            second = self.logits_of(self.same_tokenizer_teacher, inputs.student, self.student_vocab_size)
-            self.require_finite(TEACHER, inputs.student, inputs.rows, largest(second))
+            sides = inputs.student, self.student_vocab_size, inputs.rows
+            second = self.logits_of(self.same_tokenizer_teacher, *sides)
         losses = cdm_losses(
             *(student, teacher, inputs, self.mapper, self.topk, self.kd_temperature),
             same_tokenizer_teacher=second,

@@ -93,7 +93,8 @@ class Plan:
         numbers = {step.id: f"[{place + 1}/{len(self.steps)}]" for place, step in enumerate(self.steps)}
         waiting = [step for step in self.steps[first:last] if not self.is_done(step)]
         slots: dict[int, tuple[Step, subprocess.Popen, dict, float]] = {}
-        share = max(1, len(os.sched_getaffinity(0)) // jobs)  # of the cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = max(1, cores // jobs)
         with Children() as children:
             while (waiting or slots) and not children.received:
                 missing = {step.id for step in waiting} | {step.id for step, *_ in slots.values()}

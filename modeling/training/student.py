@@ -91,4 +91,4 @@ def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
-    raise InputError(f"{type(model).__name__} shows no list of its {n_layers} transformer layers: leave the flag out")
+    raise InputError(f"{type(model).__name__} shows no list of its {n_layers} transformer layers. Leave the flag out.")

@@ -321,17 +321,17 @@ class DistillationTrainer(ResponseTrainer):
 
     def teacher_logits(self, batch: Batch) -> Logits:
         """[R_T, V_T] predicting logits of the teacher's response tokens, in the teacher's dtype."""
-        logits = self.logits_of(self.teacher, batch.teacher, self.teacher_vocab_size)
-        self.require_finite(TEACHER, batch.teacher, batch.rows, largest(logits))
-        return logits
+        return self.logits_of(self.teacher, batch.teacher, self.teacher_vocab_size, batch.rows)
 
-    def logits_of(self, teacher: Teacher, side: Side, vocab_size: int) -> Logits:
-        """[R, vocab_size]: what a teacher, this or another, says of the response tokens that it is fed."""
+    def logits_of(self, teacher: Teacher, side: Side, vocab_size: int, rows: list[int]) -> Logits:
+        """[R, vocab_size]: what a teacher, this or another, says of the response tokens of these rows."""
         if self.args.logits_chunk:
             logits = ChunkedLogits(*teacher.signal(side), vocab_size, self.args.logits_chunk)
         else:
             logits = teacher.logits(side)
-        return folded(logits, side.stop_ids)
+        logits = folded(logits, side.stop_ids)
+        self.require_finite(TEACHER, side, rows, largest(logits))
+        return logits
 
 
 class EvenShard(Dataset):

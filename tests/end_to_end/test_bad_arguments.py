@@ -177,6 +177,7 @@ def test_a_beta_that_is_no_share(refused, beta):
 def test_what_is_not_kept_of_a_teacher_cannot_be_read(refused, tmp_path, method):
     message = refused(method, teacher_cache=tmp_path / "cache", teacher_cache_topk=50)
     assert message.startswith("--teacher_cache_topk is 50: leave it out: this method reads the teacher's probability")
+    assert "the text's own tokens" in message
 
 
 def test_vocabularies_without_a_common_token(refused, rig, monkeypatch):
