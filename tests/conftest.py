@@ -1,4 +1,4 @@
-"""One thread a process: several run tests beside each other, and a fork does not survive OpenMP's threads.
+"""One thread a process: several run tests beside each other, and a fork does not survive OpenMP's threads. No hub.
 
 Also the mark `quick`, which no test carries by hand.
 """
@@ -6,6 +6,7 @@ Also the mark `quick`, which no test carries by hand.
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # where it cannot be reached, it is asked again and again for seconds
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 LEAST_MASS = 1e-9
 REST_FLOOR = 1e-12  # of p[⊥]
+KNOWN: dict = {}  # what depends on two vocabularies alone, by the identity of both lists of forms, which are kept here
 
 
 @dataclass
@@ -66,20 +67,44 @@ def covers_the_same_bytes(teacher: Side, student: Side, j: int) -> bool:
 
 @dataclass
 class Row:
-    """Of one student token: q of student tokens, q of ⊥, and what kind of row it is."""
+    """Of one student token: q of every student token, q of ⊥, and what kind of row it is."""
 
-    q: dict[int, float]
+    q: Tensor
     rest: float
     interior: bool
     spanning: bool
 
 
-def target(teacher: Side, student: Side, z_teacher: Tensor, j: int, temperature: float, spanning: bool, memo: dict):
-    """The `Row` of s_j; "no row" where the text has none; "no mass" where π is too small."""
-    if "preferred" not in memo:
-        memo["preferred"], memo["candidates"] = student.preferred(), teacher.candidates()
-        memo["p"] = [softmax(row, temperature).tolist() for row in z_teacher]
-        memo["phi"] = {}
+class Pair:
+    """The text tokens of two vocabularies, and which student token each piece of the teacher's bytes goes to."""
+
+    def __init__(self, teacher: Side, student: Side):
+        self.preferred, self.candidates = student.preferred(), teacher.candidates()
+        self.found: dict[bytes, int] = {}
+        self.nowhere = len(student.forms)  # ⊥ stands behind the student's tokens
+        # Whole teacher tokens. EOS goes to EOS, other special tokens go nowhere.
+        self.whole = torch.full((len(teacher.forms),), self.nowhere)
+        self.whole[self.candidates] = torch.tensor([self.phi(teacher.forms[v]) for v in self.candidates])
+        self.whole[teacher.eos] = student.eos
+
+    def phi(self, form: bytes) -> int:
+        if form not in self.found:
+            token = longest(self.preferred, form)
+            self.found[form] = self.nowhere if token is None else token
+        return self.found[form]
+
+
+def pair_of(teacher: Side, student: Side) -> Pair:
+    key = id(teacher.forms), teacher.eos, id(student.forms), student.eos
+    if key not in KNOWN:
+        KNOWN[key] = Pair(teacher, student), teacher.forms, student.forms
+    return KNOWN[key][0]
+
+
+def target(teacher: Side, student: Side, p: list[Tensor], j: int, spanning: bool):
+    """The `Row` of s_j, where `p` are the teacher's rows; "no row" where the text has none; "no mass" where π is too
+    small."""
+    pair = pair_of(teacher, student)
     starts, begin, end = teacher.starts(), student.starts()[j], student.ends[j]
     at = [i for i in range(len(teacher.ids)) if starts[i] <= begin < teacher.ends[i]]
     if not at or not covers_the_same_bytes(teacher, student, j):
@@ -90,43 +115,31 @@ def target(teacher: Side, student: Side, z_teacher: Tensor, j: int, temperature:
     if (interior and not teacher.tells_its_bytes(i)) or (reaches_over and not student.tells_its_bytes(j)):
         return "no row"
 
-    def phi(form: bytes) -> int | None:
-        if form not in memo["phi"]:
-            memo["phi"][form] = longest(memo["preferred"], form)
-        return memo["phi"][form]
-
-    p, goes_to, weight = memo["p"][i], {}, {}
     if interior:
-        taking_part = [v for v in memo["candidates"] if teacher.forms[v].startswith(c) and teacher.forms[v] != c]
-        mass = sum(p[v] for v in taking_part)
-        if mass < LEAST_MASS:
+        taking_part = [v for v in pair.candidates if teacher.forms[v].startswith(c) and teacher.forms[v] != c]
+        weight = p[i][taking_part]
+        if weight.sum() < LEAST_MASS:
             return "no mass"
-        for v in taking_part:
-            weight[v], goes_to[v] = p[v] / mass, phi(teacher.forms[v][len(c) :])
+        weight = weight / weight.sum()
+        goes_to = torch.tensor([pair.phi(teacher.forms[v][len(c) :]) for v in taking_part])
     else:
-        if "boundary" not in memo:
-            memo["boundary"] = {v: phi(teacher.forms[v]) for v in memo["candidates"]} | {teacher.eos: student.eos}
-        weight, goes_to = dict(enumerate(p)), memo["boundary"]
-    q: dict[int | None, float] = {None: 0.0}
-    for v, mass in weight.items():
-        u = goes_to.get(v)  # other special tokens go nowhere
-        q[u] = q.get(u, 0.0) + mass
+        taking_part, weight, goes_to = range(len(teacher.forms)), p[i], pair.whole
+    q = torch.zeros(len(student.forms) + 1, dtype=torch.float64).index_add(0, goes_to, weight)
 
     said = teacher.ids[i]
-    reaches_over = reaches_over and said in weight
+    reaches_over = reaches_over and said in taking_part
     if spanning and reaches_over:
         last = next(k for k in range(len(teacher.ids)) if starts[k] < end <= teacher.ends[k])
         left = student.forms[student.ids[j]][starts[last] - begin :]
-        x = weight[said]
+        x = weight[taking_part.index(said)].item()
         for k in range(i + 1, last):
-            x *= memo["p"][k][teacher.ids[k]]
-        x *= sum(memo["p"][last][v] for v in memo["candidates"] if teacher.forms[v].startswith(left))
-        source = goes_to.get(said)
-        x = min(x, q[source])
+            x *= p[k][teacher.ids[k]].item()
+        x *= p[last][[v for v in pair.candidates if teacher.forms[v].startswith(left)]].sum().item()
+        source = goes_to[taking_part.index(said)]
+        x = min(x, q[source].item())
         q[source] -= x
-        q[student.ids[j]] = q.get(student.ids[j], 0.0) + x
-    rest = q.pop(None)
-    return Row(q, rest, interior, reaches_over)
+        q[student.ids[j]] += x
+    return Row(q[:-1], q[-1].item(), interior, reaches_over)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -155,9 +168,9 @@ def bpm(
 ) -> tuple[Tensor, dict[str, float]]:
     """KD_j of every student token, differentiable, and the sums of what is logged."""
     sums = {"residual_mass": 0.0, "residual_mass, of": 0, "interior": 0, "spanning": 0, "dropped": 0}
-    values, memo = [], {}
+    values, rows = [], [softmax(row, temperature) for row in z_teacher]
     for j, u in enumerate(student.ids):
-        row = target(teacher, student, z_teacher, j, temperature, spanning, memo)
+        row = target(teacher, student, rows, j, spanning)
         form = student.forms[u]
         masked = mask_whitespace and form != b"" and set(form) <= set(b" \t")
         if isinstance(row, Row):
@@ -173,11 +186,8 @@ def bpm(
             values.append(z_student[j].double().sum() * 0)
             continue
         p = softmax(z_student[j], temperature)
-        ids = [u for u, mass in row.q.items() if mass > 0]
-        of_ids = p[ids]
-        others = torch.ones(len(p), dtype=torch.bool)
-        others[ids] = False
-        rest = p[others].sum().clamp(min=REST_FLOOR)  # 1 − Σ over the tokens with q > 0
-        q = torch.tensor([*(row.q[u] for u in ids), row.rest], dtype=torch.float64)
-        values.append(temperature**2 * jsd(q, torch.cat([of_ids, rest[None]]), beta))
+        has_mass = row.q > 0
+        rest = p[~has_mass].sum().clamp(min=REST_FLOOR)  # 1 − Σ over the tokens with q > 0
+        q = torch.cat([row.q[has_mass], torch.tensor([row.rest], dtype=torch.float64)])
+        values.append(temperature**2 * jsd(q, torch.cat([p[has_mass], rest[None]]), beta))
     return torch.stack(values), sums

@@ -6,7 +6,6 @@ Units are found from the bytes at which tokens end, and pairs of tokens from the
 sums that are logged, `{name: (sum, count)}`.
 """
 
-import heapq
 import math
 from dataclasses import dataclass
 
@@ -48,11 +47,11 @@ class Side:
         return self.log_p(row, temperature)[self.tokens[row]]
 
 
-def pairs(teacher: Side, student: Side, special: bool = False) -> list[tuple[int, int]]:
-    """(teacher id, student id) of equal bytes; of several ids of a side, the one that text is written with."""
+def pairs(teacher: Side, student: Side, special: bool = False) -> Tensor:
+    """`[pairs, 2]`: teacher id, student id, of equal bytes; of several ids of a side, the one text is written with."""
     known = PAIRS.setdefault((id(teacher.forms), id(student.forms)), (teacher.forms, student.forms, {}))[-1]
     if special not in known:
-        known[special] = _pairs(teacher, student, special)
+        known[special] = torch.tensor(_pairs(teacher, student, special), dtype=torch.long).view(-1, 2)
     return known[special]
 
 
@@ -108,10 +107,10 @@ def strict(
     n_units = 0
     for i, j in units(teacher, student):
         if len(i) == len(j) == 1:
-            z = student.logits[j[0]].tolist()
-            chosen = heapq.nlargest(topk, shared, key=lambda pair, z=z: z[pair[1]]) if topk else shared
+            by_student = student.logits[j[0]][shared[:, 1]].sort(descending=True, stable=True).indices
+            chosen = shared[by_student[:topk]] if topk else shared
             log_s, log_t = (
-                log_softmax(side.logits[row].double()[[pair[place] for pair in chosen]] / temperature)
+                log_softmax(side.logits[row].double()[chosen[:, place]] / temperature)
                 for side, row, place in ((student, j[0], 1), (teacher, i[0], 0))
             )
             if divergence == "forward":
@@ -125,8 +124,8 @@ def strict(
             n_units += 1
             p, q = torch.exp(student.log_p(j[0]).detach()), torch.exp(teacher.log_p(i[0]))
             for name, some in (("shared", shared), ("topk", chosen)):
-                sums[name] += p[[u for _, u in some]].sum().item()
-                sums[f"t {name}"] += q[[v for v, _ in some]].sum().item()
+                sums[name] += p[some[:, 1]].sum().item()
+                sums[f"t {name}"] += q[some[:, 0]].sum().item()
         else:
             difference = sum(student.own(k) for k in j) - sum(teacher.own(k) for k in i)
             total = total + len(j) * span_weight * difference**2
@@ -145,12 +144,11 @@ def gold(
     hybrid: bool = True,
     matched_weight: float | None = None,
 ) -> tuple[Tensor, dict]:
-    matched = pairs(teacher, student, special=True) if hybrid else []
+    matched = pairs(teacher, student, special=True) if hybrid else torch.zeros(0, 2, dtype=torch.long)
     weight = len(matched) / len(teacher.forms) if matched_weight is None else matched_weight
-    others = [
-        sorted(set(range(len(side.forms))) - {pair[place] for pair in matched})
-        for place, side in enumerate((teacher, student))
-    ]
+    others = [torch.ones(len(side.forms), dtype=torch.bool) for side in (teacher, student)]
+    for place, of_side in enumerate(others):
+        of_side[matched[:, place]] = False
     total, sums, covered = ZERO, {"jsd_loss": 0.0, "l1_loss": 0.0}, 0
     for i, j in units(teacher, student):
         merged = []
@@ -159,7 +157,7 @@ def gold(
             for row in rows[:-1]:
                 p = p * torch.exp(side.own(row, temperature))
             merged.append(p)
-        t, s = (p[[pair[place] for pair in matched]].clamp(min=1e-8) for place, p in enumerate(merged))
+        t, s = (p[matched[:, place]].clamp(min=1e-8) for place, p in enumerate(merged))
         if beta == 0:
             jsd = (t * torch.log(t / s)).sum()
         elif beta == 1:
@@ -167,7 +165,7 @@ def gold(
         else:
             m = beta * t + (1 - beta) * s
             jsd = (beta * t * torch.log(t / m) + (1 - beta) * s * torch.log(s / m)).sum()
-        t, s = (torch.sort(p[ids], descending=True).values for p, ids in zip(merged, others))
+        t, s = (torch.sort(p[of_side], descending=True).values for p, of_side in zip(merged, others))
         n = min(len(t), len(s))
         l1 = (t[:n] - s[:n]).abs().sum() + t[n:].sum() + s[n:].sum()
         total = total + len(j) * (weight * jsd + (1 - weight) * l1)
@@ -184,7 +182,7 @@ def simct(teacher: Side, student: Side, temperature: float) -> tuple[Tensor, dic
     for i, j in units(teacher, student):
         log_pi = []
         for place, side, rows in ((0, teacher, i), (1, student, j)):
-            scores = side.log_p(rows[0])[[pair[place] for pair in shared]]
+            scores = side.log_p(rows[0])[shared[:, place]]
             if not len(i) == len(j) == 1:
                 own = sum(side.own(row) for row in rows) / len(rows)
                 scores = torch.cat([scores, own[None]])
@@ -202,12 +200,11 @@ def simct(teacher: Side, student: Side, temperature: float) -> tuple[Tensor, dic
 def alm(
     teacher: Side, student: Side, debias: str = "space", threshold: float = 0.1, temperature: float = 100.0
 ) -> tuple[Tensor, dict]:
+    white_space = (b" ", b"\t", b"\n", b"\r", b"\v", b"\f")
     cuts = [
-        [
-            v
-            for v, form in enumerate(side.forms)
-            if (form[:1] in (b" ", b"\t", b"\n", b"\r", b"\v", b"\f") and not side.special[v]) or v == side.roles["eos"]
-        ]
+        torch.tensor(
+            [form[:1] in white_space and not special for form, special in zip(side.forms, side.special)]
+        ).index_fill(0, torch.tensor(side.roles["eos"]), True)
         for side in (teacher, student)
     ]
 

@@ -17,6 +17,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 from get_vocab_mapper.builders import BUILDERS, exact_matches, report
 from get_vocab_mapper.mapper import Direction, VocabMapper
@@ -144,23 +145,21 @@ def real_pair(request):
 def test_real_vocabularies_against_full_comparison(real_pair):
     teacher, student = real_pair
     mapper, em = build("mined", teacher, student), build("em", teacher, student)
-    candidates = [
-        (oracle.preference(student, u), text) for u, text in enumerate(student.texts) if not student.is_special[u]
-    ]
+    texts = [u for u in range(len(student)) if not student.is_special[u]]
     unmatched = np.flatnonzero((em.to_student.static < 0) & ~teacher.is_special)
     assert len(unmatched) >= 24
-    free = np.flatnonzero((em.to_teacher.static < 0) & ~student.is_special).tolist()
+    free = np.flatnonzero((em.to_teacher.static < 0) & ~student.is_special)
+    to_texts = cdist([teacher.texts[v] for v in unmatched], [student.texts[u] for u in texts], scorer=Levenshtein.distance)
+    spaceless = [teacher.spaceless[v] for v in unmatched], [student.spaceless[u] for u in free]
+    to_free = cdist(*spaceless, scorer=Levenshtein.distance)
+    relative = to_free / np.maximum(np.add.outer(*(list(map(len, side)) for side in spaceless)), 1)
     pairs = {}
-    for v in unmatched.tolist():
-        text = teacher.texts[v]
-        (_, nearest), _ = oracle.mined_choice(text, candidates, Levenshtein.distance)
-        assert mapper.to_student.static[v] == nearest
-        a = teacher.spaceless[v]
-        for u in free:
-            b = student.spaceless[u]
-            d = Levenshtein.distance(a, b) / (len(a) + len(b)) if a or b else 0.0
-            if d < 0.3:
-                pairs[v, u] = d
+    for v, distances, of_free in zip(unmatched.tolist(), to_texts, relative):
+        nearest = [texts[k] for k in np.flatnonzero(distances == distances.min())]
+        candidates = [(oracle.preference(student, u), student.texts[u]) for u in nearest]
+        (_, wanted), _ = oracle.mined_choice(teacher.texts[v], candidates, Levenshtein.distance)
+        assert mapper.to_student.static[v] == wanted
+        pairs |= {(v, int(free[k])): of_free[k] for k in np.flatnonzero(of_free < 0.3)}
     assert_similar(mapper, pairs)
     assert_similar(em, pairs)
 
