@@ -13,7 +13,9 @@ from transformers import AutoTokenizer
 from get_vocab_mapper.builders import BUILDERS
 from get_vocab_mapper.mapper_file import save_mapper
 from get_vocab_mapper.token_forms import token_forms
+from tests.end_to_end import rig
 from tests.end_to_end.rig import dolly_file, remove_shared_memory, run_script, tiny_llama, training_flags
+from tests.end_to_end.warm_python import warm_python
 from tests.unit.tokenizer_zoo import byte_level_bpe, load_real, sentencepiece_bpe
 
 
@@ -28,6 +30,15 @@ def make_pair(folder: Path, teacher: tuple[str, int], student: tuple[str, int]) 
         *("--teacher", str(paths["teacher"]), "--student", str(paths["student"]), "--output", str(mapper)),
     )
     return SimpleNamespace(**paths, mapper=mapper)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm(tmp_path_factory):
+    """The interpreter of `run_script`: every script is a process of its own, but most are over within its imports."""
+    cold = rig.PYTHON
+    with warm_python(tmp_path_factory.mktemp("warm")) as rig.PYTHON:
+        yield rig.PYTHON
+    rig.PYTHON = cold
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from modeling.text.rows import alpaca_prompt
 from tests.unit.tokenizer_zoo import load_real, real_dir
 
 ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable  # in a test session, one that has the heavy imports done: `warm` in conftest.py
 COLUMNS = {"phi-3": 32_064, "qwen2": 151_936}  # the widths of the real models' heads, padding included
 
 
@@ -136,7 +137,7 @@ def training_flags(**arguments) -> list[str]:
 
 def run_script(script: str, *arguments: str, launch: list[str] | None = None, fails: bool = False, **env: str):
     """Runs `python script …` (or under a launcher) and returns the finished process; its output is shown on failure."""
-    command = [*(launch or [sys.executable]), str(ROOT / script), *arguments]
+    command = [*(launch or [PYTHON]), str(ROOT / script), *arguments]
     done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
     assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
     return done

@@ -22,7 +22,6 @@ import pytest
 
 from script_train.methods import methods
 from tests.end_to_end.rig import ROOT, environment, tiny_llama
-from tests.end_to_end.warm_python import warm_python
 from tests.unit.chat_templates import CHATML
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe, sentencepiece_bpe
 
@@ -36,13 +35,6 @@ def pair(small_pair, tmp_path_factory):
     data.write_text(json.dumps(rows[:4]))
     validation.write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
     return SimpleNamespace(**vars(small_pair), data=data, validation=validation)
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """An interpreter that starts scripts quickly."""
-    with warm_python(tmp_path_factory.mktemp("warm")) as python:
-        yield python
 
 
 def settings_of(pair: SimpleNamespace, output: Path, **settings: object) -> dict[str, str]:
@@ -515,7 +507,6 @@ def test_a_pair_of_one_model_and_two_tokenizers(pair, tmp_path):
     (made,) = [w for w in commands(done) if w[1].endswith("make_transfer_pair.py")]
     assert value(made, "--train_tokenizer") == str(pair.data) and "--layers" not in made
     assert "quickstart_models.py teacher" in done.stdout and "quickstart_models.py split" not in done.stdout
-
 
     done = compare(pair, tmp_path / "none", **own, STUDENT_TOKENIZER=pair.student, KD_ALPHA=0.7)
     assert "rows for choosing" not in done.stdout and "--kd_alpha 0.7" in done.stdout

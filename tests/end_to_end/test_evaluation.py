@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling.text.rows import alpaca_prompt
+from tests.end_to_end import rig
 from tests.end_to_end.rig import ROOT, environment, flags, launcher, run_script, tiny_llama
 from tests.unit.tokenizer_zoo import load_real, real_dir
 
@@ -41,8 +42,8 @@ def texts(path: Path) -> dict[int, str]:
 
 
 def evaluate(script: str, model: Path, *arguments: str, fails: bool = False, **settings: object):
-    """Runs `NAME=… bash script_eval/SCRIPT …` with this interpreter, on the CPU."""
-    env = environment(PYTHON=sys.executable, DEVICE="cpu", MODEL=str(model), **{k: str(v) for k, v in settings.items()})
+    """Runs `NAME=… bash script_eval/SCRIPT …` on the CPU."""
+    env = environment(PYTHON=rig.PYTHON, DEVICE="cpu", MODEL=str(model), **{k: str(v) for k, v in settings.items()})
     command = ["bash", str(ROOT / "script_eval" / script), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert (done.returncode != 0) == fails, f"{done.stdout[-6000:]}\n{done.stderr[-12000:]}"

@@ -125,9 +125,7 @@ def align(teacher: Side, student: Side) -> list[tuple[list[int], list[int]]]:
         cost.append([])
         for j, s in enumerate(student.tokens):
             both_eos = i == len(teacher.tokens) - 1 and j == len(student.tokens) - 1
-            distance = levenshtein(
-                without_spaces(teacher.vocabulary[t]), without_spaces(student.vocabulary[s])
-            )
+            distance = levenshtein(without_spaces(teacher.vocabulary[t]), without_spaces(student.vocabulary[s]))
             cost[-1].append(0 if both_eos else distance * teacher_weights[i] * student_weights[j])
     return cut_at_diagonals(dtw_path(cost))
 

@@ -149,7 +149,9 @@ def test_real_vocabularies_against_full_comparison(real_pair):
     unmatched = np.flatnonzero((em.to_student.static < 0) & ~teacher.is_special)
     assert len(unmatched) >= 24
     free = np.flatnonzero((em.to_teacher.static < 0) & ~student.is_special)
-    to_texts = cdist([teacher.texts[v] for v in unmatched], [student.texts[u] for u in texts], scorer=Levenshtein.distance)
+    to_texts = cdist(
+        [teacher.texts[v] for v in unmatched], [student.texts[u] for u in texts], scorer=Levenshtein.distance
+    )
     spaceless = [teacher.spaceless[v] for v in unmatched], [student.spaceless[u] for u in free]
     to_free = cdist(*spaceless, scorer=Levenshtein.distance)
     relative = to_free / np.maximum(np.add.outer(*(list(map(len, side)) for side in spaceless)), 1)
