@@ -113,14 +113,17 @@ def remove_shared_memory() -> None:
     DRAWN_PORTS.clear()
 
 
-def launcher(ranks: int = 1, deepspeed: bool = False) -> list[str]:
-    port = free_port()
+def launcher(ranks: int = 1, deepspeed: bool = False, cold: bool = False) -> list[str]:
+    """The words in front of a script. `cold`: ranks with an interpreter of their own, to which signals can be sent."""
+    warm, port = [] if cold or sys.executable == PYTHON else [PYTHON], free_port()
     if deepspeed:
         executable = str(Path(sys.executable).with_name("deepspeed"))
-        return [executable, "--num_gpus", str(ranks), "--master_port", str(port)]
+        words = [executable, "--num_gpus", str(ranks), "--master_port", str(port)]
+        return [*words, *(["--no_python", "--no_local_rank", *warm] if warm else [])]
     if ranks > 1:
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-    return [sys.executable]
+        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+        return [*words, *(["--no-python", *warm] if warm else [])]
+    return warm or [sys.executable]
 
 
 def flags(**arguments) -> list[str]:

@@ -33,6 +33,7 @@ from tests.end_to_end.rig import (
     ROOT,
     environment,
     flags,
+    free_port,
     in_a_fork,
     launcher,
     log_history,
@@ -701,7 +702,7 @@ def test_a_rank_told_to_end_then_a_rank_killed(bench, steady, tmp_path):
     words = arguments(bench, output, **{**LONG, "per_device_train_batch_size": 2})
 
     def start(log: str) -> subprocess.Popen:
-        return launch([*launcher(2), str(ROOT / "modeling/run_clm_sft.py"), *words], tmp_path / log)
+        return launch([*launcher(2, cold=True), str(ROOT / "modeling/run_clm_sft.py"), *words], tmp_path / log)
 
     running = start("told to end")
     signal_rank(running, "1", signal.SIGTERM, output / "checkpoint-2/trainer_state.json")
@@ -739,10 +740,9 @@ def test_sigterm_to_a_shell_script_with_deepspeed_below_it(bench, steady, tmp_pa
     changes = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "seed": 42, "save_total_limit": 2}
 
     def start(log: str, steps: int) -> subprocess.Popen:
-        port = launcher(2)[-1].rpartition("=")[2]
         script = root / "script_train/phi-qwen/train_sft_a100_qwen.sh"
         command = ["bash", str(script), *flags(max_steps=steps, optim="sgd", disable_tqdm=True, **changes)]
-        return launch(command, tmp_path / log, MASTER_PORT=port, **{k: str(v) for k, v in settings.items()})
+        return launch(command, tmp_path / log, MASTER_PORT=str(free_port()), **{k: str(v) for k, v in settings.items()})
 
     running = start("told to end", 100_000)
     until = time.monotonic() + 400  # DeepSpeed compiles a part of itself on its first start

@@ -79,17 +79,12 @@ def test_cdm_on_real_rows_at_the_real_widths(phi_qwen, dolly, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the normaliser
 
 SGD_RATE = 16.0
-WAYS = {  # 16 examples a step, each time: how they are split, and who launches
-    "1 x 16": (16, 1, launcher(), {}),
-    "4 x 4": (4, 4, launcher(), {}),
-    "2 ranks x 4 x 2, torchrun": (4, 2, launcher(2), {}),
-    "2 ranks x 4 x 2, ZeRO-2": (4, 2, launcher(2, deepspeed=True), {"deepspeed": "deepspeed_config.json"}),
-    "2 ranks x 4 x 2, ZeRO-3": (
-        4,
-        2,
-        launcher(2, deepspeed=True),
-        {"deepspeed": "deepspeed_zero3_config.json"},
-    ),
+WAYS = {  # 16 examples a step, each time: how they are split, among how many ranks, and who launches them
+    "1 x 16": (16, 1, 1, {}),
+    "4 x 4": (4, 4, 1, {}),
+    "2 ranks x 4 x 2, torchrun": (4, 2, 2, {}),
+    "2 ranks x 4 x 2, ZeRO-2": (4, 2, 2, {"deepspeed": "deepspeed_config.json"}),
+    "2 ranks x 4 x 2, ZeRO-3": (4, 2, 2, {"deepspeed": "deepspeed_zero3_config.json"}),
 }
 
 
@@ -101,7 +96,7 @@ def split_runs(phi_smollm, dolly, tmp_path_factory):
     into steps of the full learning rate.
     """
     folders = {}
-    for way, (batch, accumulation, launch, extra) in WAYS.items():
+    for way, (batch, accumulation, ranks, extra) in WAYS.items():
         folders[way] = folder = tmp_path_factory.mktemp("split") / "out"
         extra = {name: ROOT / "config" / value for name, value in extra.items()}
         arguments = common(
@@ -120,7 +115,7 @@ def split_runs(phi_smollm, dolly, tmp_path_factory):
             save_only_model=True,
             **extra,
         )
-        run_script(CDM, *cdm_flags(phi_smollm), *arguments, launch=launch)
+        run_script(CDM, *cdm_flags(phi_smollm), *arguments, launch=launcher(ranks, deepspeed=bool(extra)))
     return folders
 
 
