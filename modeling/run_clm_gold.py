@@ -77,19 +77,14 @@ class GOLDArguments(MapperArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        weight = self.matched_weight
+        weight, no_match = self.matched_weight, "leave it out with --hybrid false, which matches no token"
         check(0 <= self.beta <= 1, "beta", self.beta, "give a number from 0 to 1")
-        check(
-            weight is None or 0 <= weight <= 1, "matched_weight", weight, "give a number from 0 to 1, or leave it out"
-        )
-        for name, default in (
-            *(("beta", 0.5), ("matched_weight", None)),
-            *(("teacher_to_student_id_mapping", None), ("mapper_dir", None)),
-        ):
+        within = weight is None or 0 <= weight <= 1
+        check(within, "matched_weight", weight, "give a number from 0 to 1, or leave it out")
+        defaults = {"beta": 0.5, "matched_weight": None, "teacher_to_student_id_mapping": None, "mapper_dir": None}
+        for name, default in defaults.items():
             value = getattr(self, name)
-            check(
-                self.hybrid or value == default, name, value, "leave it out with --hybrid false, which matches no token"
-            )
+            check(self.hybrid or value == default, name, value, no_match)
 
 
 class Columns(NamedTuple):

@@ -73,11 +73,7 @@ def _dtw(distance, teacher_index, student_index, teacher_weights, student_weight
                 best, move = above[j + 1], TEACHER_STEP
             if here[j] < best:
                 best, move = here[j], STUDENT_STEP
-            cost = (
-                np.int64(distance[teacher_index[i], student_index[j]])
-                * teacher_weights[i]
-                * student_weights[j]
-            )
+            cost = np.int64(distance[teacher_index[i], student_index[j]]) * teacher_weights[i] * student_weights[j]
             here[j + 1] = best + cost
             moves[i, j] = move
         above, here = here, above
