@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 # Unit tests that take long, or real vocabularies: the rigs, brute force over whole vocabularies, scripts in processes.
 SLOW = ("test_rigs", "test_bpm", "test_prefix_search", "test_vocab_mapper", "test_pair_mapper", "test_evaluation")
-SLOW += ("test_readme", "test_show_alignment", "test_byte_group_methods")
+SLOW += ("test_readme", "test_show_alignment", "test_byte_group_methods", "test_shell", "test_sample_data")
 
 
 @pytest.hookimpl(tryfirst=True)
