@@ -170,8 +170,7 @@ class CDMTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student, teacher, second = self.student_logits(model, inputs), self.teacher_logits(inputs), None
         if self.same_tokenizer_teacher is not None:
-            sides = inputs.student, self.student_vocab_size, inputs.rows
-            second = self.logits_of(self.same_tokenizer_teacher, *sides)
+            second = self.logits_of(self.same_tokenizer_teacher, inputs.student, self.student_vocab_size, inputs.rows)
         losses = cdm_losses(
             *(student, teacher, inputs, self.mapper, self.topk, self.kd_temperature),
             same_tokenizer_teacher=second,

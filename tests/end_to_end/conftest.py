@@ -34,11 +34,10 @@ def make_pair(folder: Path, teacher: tuple[str, int], student: tuple[str, int]) 
 
 @pytest.fixture(scope="session", autouse=True)
 def warm(tmp_path_factory):
-    """The interpreter of `run_script`: every script is a process of its own, but most are over within its imports."""
-    cold = rig.PYTHON
-    with warm_python(tmp_path_factory.mktemp("warm")) as rig.PYTHON:
-        yield rig.PYTHON
-    rig.PYTHON = cold
+    """The interpreter of `run_script` and `launcher`: it forks processes whose heavy imports are done."""
+    with warm_python(tmp_path_factory.mktemp("warm")) as python, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig, "PYTHON", python)
+        yield python
 
 
 @pytest.fixture(scope="session")

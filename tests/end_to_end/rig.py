@@ -138,10 +138,10 @@ def training_flags(**arguments) -> list[str]:
     return flags(**{**common, **arguments})
 
 
-def run_script(script: str, *arguments: str, launch: list[str] | None = None, fails: bool = False, **env: str):
+def run_script(script: str, *arguments: str, launch: list[str] | None = None, fails: bool = False):
     """Runs `python script …` (or under a launcher) and returns the finished process; its output is shown on failure."""
     command = [*(launch or [PYTHON]), str(ROOT / script), *arguments]
-    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-12000:]}"
     return done
 

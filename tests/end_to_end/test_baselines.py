@@ -120,7 +120,7 @@ def test_step_1_is_the_oracle_s_and_the_divergence_falls(method, request, train_
     models = flags(model_name_or_path=pair.student, teacher_path=pair.teacher, **mapper)
     alpha = 0.0 if method == "ULD" else 0.5  # with cross-entropy, which falls first, ULD rises at the beginning
     options = arguments(tmp_path / "out", train_file=train_file, kd_alpha=alpha)
-    run_script(SCRIPTS[method], *models, *options, OMP_NUM_THREADS="2")
+    run_script(SCRIPTS[method], *models, *options)
 
     logged = steps(tmp_path / "out")
     ce, kd = oracle_losses(method, pair, json.loads(train_file.read_text()), static)

@@ -62,7 +62,7 @@ def test_cdm_on_real_rows_at_the_real_widths(phi_qwen, dolly, tmp_path):
         save_strategy="no",
         learning_rate=3e-3,
     )
-    run_script(CDM, *cdm_flags(phi_qwen), *arguments, OMP_NUM_THREADS="2")
+    run_script(CDM, *cdm_flags(phi_qwen), *arguments)
     logged = steps(tmp_path / "out")
     ce, kd = oracle_losses(phi_qwen, short)
     assert logged[0]["ce_loss"] == pytest.approx(ce, rel=1e-5)
