@@ -15,7 +15,6 @@ from get_vocab_mapper.mapper_file import save_mapper
 from get_vocab_mapper.token_forms import token_forms
 from tests.end_to_end import rig
 from tests.end_to_end.rig import dolly_file, remove_shared_memory, run_script, tiny_llama, training_flags
-from tests.end_to_end.warm_python import warm_python
 from tests.unit.tokenizer_zoo import byte_level_bpe, load_real, sentencepiece_bpe
 
 
@@ -33,11 +32,11 @@ def make_pair(folder: Path, teacher: tuple[str, int], student: tuple[str, int]) 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm(tmp_path_factory):
+def warm(pytestconfig):
     """The interpreter of `run_script` and `launcher`: it forks processes whose heavy imports are done."""
-    with warm_python(tmp_path_factory.mktemp("warm")) as python, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rig, "PYTHON", python)
-        yield python
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig, "PYTHON", pytestconfig.warm_python)
+        yield pytestconfig.warm_python
 
 
 @pytest.fixture(scope="session")

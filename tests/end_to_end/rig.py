@@ -115,15 +115,12 @@ def remove_shared_memory() -> None:
 
 def launcher(ranks: int = 1, deepspeed: bool = False, cold: bool = False) -> list[str]:
     """The words in front of a script. `cold`: ranks with an interpreter of their own, to which signals can be sent."""
-    warm, port = [] if cold or sys.executable == PYTHON else [PYTHON], free_port()
+    python, port = sys.executable if cold else PYTHON, str(free_port())
     if deepspeed:
-        executable = str(Path(sys.executable).with_name("deepspeed"))
-        words = [executable, "--num_gpus", str(ranks), "--master_port", str(port)]
-        return [*words, *(["--no_python", "--no_local_rank", *warm] if warm else [])]
+        return [python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
     if ranks > 1:
-        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-        return [*words, *(["--no-python", *warm] if warm else [])]
-    return warm or [sys.executable]
+        return [python, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
+    return [python]
 
 
 def flags(**arguments) -> list[str]:

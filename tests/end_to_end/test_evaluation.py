@@ -223,6 +223,11 @@ def test_planted_solutions_score_exactly_that(model, data, tmp_path):
     needs("evalplus")
     with gzip.open(data / "evalplus/HumanEvalPlus.jsonl.gz", "rt") as file:
         tasks = [json.loads(line) for line in file]
+    for task in tasks:  # of up to a thousand further tests, which take EvalPlus a minute
+        task["plus_input"] = task["plus_input"][:20]
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "HumanEvalPlus.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     planted, expected = [], {"base": 0, "plus": 0}
     for row, task in enumerate(tasks[2:], 2):  # the model is left to do the first two, and fails
         function = task["prompt"] + task["canonical_solution"]
@@ -244,7 +249,7 @@ def test_planted_solutions_score_exactly_that(model, data, tmp_path):
     (output / "humaneval").mkdir(parents=True)
     generations = output / "humaneval/generations.jsonl"
     generations.write_text("".join(json.dumps(row) + "\n" for row in planted))
-    settings = {"DATA_DIR": data, "DATASETS": "humaneval", "MAX_LENGTH": 128, "OUTPUT": output, "MIN_TIME_LIMIT": 20}
+    settings = {"DATA_DIR": local, "DATASETS": "humaneval", "MAX_LENGTH": 128, "OUTPUT": output, "MIN_TIME_LIMIT": 20}
     done = evaluate("eval_code.sh", model, **settings)
     results = json.loads((output / "results.json").read_text())
     assert results["counts"] == {"HumanEval": 164, "HumanEval+": 164} and results["missing"] == []

@@ -3,8 +3,10 @@
     with warm_python(folder) as python:      # an executable, to be given as PYTHON
         ...
 
-A server imports them once and forks for every script; what the script gets (arguments, environment, folder, files, exit
-code) is what it would get of its own interpreter. Anything but a script (`-c`, `-m`, `-`) goes to the real one.
+A server imports them once, when it is first asked, and forks for every script; what the script gets (arguments,
+environment, folder, files, exit code) is what it would get of its own interpreter. So it does for the launchers `-m
+torch.distributed.run` and `-m deepspeed.launcher.…`, whose ranks are forked too. Anything else (`-c`, `-`, another
+module) goes to the real Python.
 
 For tests of interruptions: with STOP_AFTER=TEXT in its environment, the process that started a script is killed when a
 script with TEXT in its arguments has ended; with DIE_AT_CHECKPOINT=TEXT, such a training dies when it has saved one.
@@ -21,20 +23,21 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.end_to_end.rig import ROOT, environment
+import psutil
 
 HEAVY = ("modeling.run_clm_distill_CDM", "transformers.trainer", "deepspeed", "datasets", "peft", "matplotlib.pyplot")
+HEAVY += ("torch.distributed.run", "lm_eval.evaluator", "lm_eval.models.huggingface")
 
 CLIENT = """
 import json, os, signal, socket, sys
 
-arguments = sys.argv[1:]
-if not arguments[0].endswith(".py"):
+arguments = [argument for argument in sys.argv[1:2] if argument != "-u"] + sys.argv[2:]
+launchers = ("torch.distributed.run", "deepspeed.launcher.")
+if not (arguments[0].endswith(".py") or (arguments[0] == "-m" and arguments[1].startswith(launchers))):
     os.execv(sys.executable, [sys.executable, *arguments])
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect(os.path.join(os.path.dirname(__file__), "socket"))
@@ -50,46 +53,46 @@ sys.exit(code[0] if code else 1)
 
 @contextlib.contextmanager
 def warm_python(folder: Path) -> Iterator[str]:
-    """The path of the executable; the server ends with the block."""
+    """The path of the executable; the server ends with the block, and with this process."""
     executable, client = folder / "python", folder / "client.py"
     client.write_text(CLIENT)
     executable.write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S '{client}' \"$@\"\n")
     executable.chmod(0o755)
-    command = [sys.executable, "-m", "tests.end_to_end.warm_python", str(folder / "socket")]
-    server = subprocess.Popen(command, cwd=ROOT, env=environment())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(folder / "socket"))
+        listener.listen()
+        command = [sys.executable, "-m", "tests.end_to_end.warm_python", str(listener.fileno()), str(executable)]
+        root = Path(__file__).parents[2]
+        server = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
     try:
-        deadline = time.monotonic() + 180
-        while not (folder / "socket").exists():
-            assert server.poll() is None and time.monotonic() < deadline, "the server has not started"
-            time.sleep(0.05)
         yield str(executable)
     finally:
-        server.kill()
+        server.stdin.close()
         server.wait()
 
 
-def serve(path: str) -> None:
-    """For ever. A script may start others."""
-    for name in HEAVY:
-        __import__(name)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(path)
-        listener.listen()
-        while True:
-            connection, _ = listener.accept()
-            with connection:
-                message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-                if os.fork() == 0:
-                    attend(connection, json.loads(message), files)
-                for file in files:
-                    os.close(file)
+def serve(listener: socket.socket, executable: str) -> None:
+    """Until the end of the standard input. A script may start others."""
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        connection, _ = listener.accept()
+        with connection:
+            for name in HEAVY:
+                __import__(name)
+            message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+            if os.fork() == 0:
+                attend(connection, json.loads(message), files, executable)
+            for file in files:
+                os.close(file)
 
 
-def attend(connection: socket.socket, request: dict, files: list[int]) -> None:
+def attend(connection: socket.socket, request: dict, files: list[int], executable: str) -> None:
     """Runs the script in a process of its own, and tells the client its exit code. Does not return."""
     child = os.fork()
     if child == 0:
-        run(request, files)
+        run(request, files, executable)
     for file in files:
         os.close(file)
     code = wait_for(child, connection)
@@ -99,7 +102,7 @@ def attend(connection: socket.socket, request: dict, files: list[int]) -> None:
 
 
 def wait_for(child: int, connection: socket.socket) -> int:
-    """The exit code of the child. Where the client is gone, the child is killed."""
+    """The exit code of the child. Where the client is gone, the child is killed, and what it has started."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -107,10 +110,12 @@ def wait_for(child: int, connection: socket.socket) -> int:
             return code if code >= 0 else 128 - code
         gone, _, _ = select.select([connection], [], [], 0.01)
         if gone:
-            os.kill(child, signal.SIGKILL)
+            for process in [psutil.Process(child), *psutil.Process(child).children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
-def run(request: dict, files: list[int]) -> None:
+def run(request: dict, files: list[int], executable: str) -> None:
     """Becomes the script. Does not return."""
     code = 1
     try:
@@ -119,11 +124,17 @@ def run(request: dict, files: list[int]) -> None:
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["environment"])
-        script = request["arguments"][0]
-        sys.argv, sys.path[0] = request["arguments"], str(Path(script).parent)
+        arguments = request["arguments"]
+        is_launcher = arguments[0] == "-m"
+        sys.argv = arguments[is_launcher:]
+        sys.path[0] = request["folder"] if is_launcher else str(Path(arguments[0]).parent)
         if (text := os.environ.get("DIE_AT_CHECKPOINT")) and any(text in argument for argument in sys.argv):
             die_at_checkpoint()
-        runpy.run_path(script, run_name="__main__")
+        if is_launcher:
+            sys.executable = executable  # of its ranks
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -150,4 +161,4 @@ def die_at_checkpoint() -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
