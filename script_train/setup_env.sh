@@ -30,9 +30,7 @@ setup_env() {
     if ! grep -qsxF "$sum $requirements" "$stamp"; then
         echo "Installing $requirements into $VENV" >&2
         # `-e .` in it means the folder that pip runs in.
-        (cd "$CDM_ROOT" && "$VENV/bin/python" -m pip install --no-compile --progress-bar off -r "$requirements") >&2
-        # pip compiles on one core alone. Some packages hold files that are no Python of this version.
-        "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" >&2 || :
+        (cd "$CDM_ROOT" && "$VENV/bin/python" -m pip install --progress-bar off -r "$requirements") >&2
         grep -qsF "$sum " "$stamp" || : >"$stamp"
         # Every requirements file includes requirements.txt.
         printf '%s\n' "$sum requirements.txt" "$sum $requirements" >>"$stamp"

@@ -726,7 +726,7 @@ def test_a_rank_told_to_end_then_a_rank_killed(bench, steady, tmp_path):
     assert got == pytest.approx(steady[: len(got)], rel=1e-4)
 
 
-def test_sigterm_to_a_shell_script_with_deepspeed_below_it(bench, steady, tmp_path):
+def test_sigterm_to_a_shell_script_with_deepspeed_below_it(bench, steady, warm, tmp_path):
     """The script alone is told; DeepSpeed's launchers, two ranks and ZeRO-2 are below it. Status 143; it goes on.
 
     In a copy of the project whose folder's name has spaces, as all the other paths have.
@@ -736,15 +736,16 @@ def test_sigterm_to_a_shell_script_with_deepspeed_below_it(bench, steady, tmp_pa
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     settings = {"STUDENT": bench / "the student", "DATA": bench / "the rows.json", "OUTPUT": output, "BATCH_SIZE": 2}
     settings |= {"BLOCK_SIZE": 48, "ACCUMULATION": 1, "WORKERS": 1, "REPORT_TO": "none", "LEARNING_RATE": 1e-2}
-    settings |= {"PYTHON": sys.executable, "DEVICE": "cpu", "NPROC": 2, "SCHEDULER": "constant", "WARMUP": 0}
+    settings |= {"DEVICE": "cpu", "NPROC": 2, "SCHEDULER": "constant", "WARMUP": 0}
     changes = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "seed": 42, "save_total_limit": 2}
 
-    def start(log: str, steps: int) -> subprocess.Popen:
+    def start(log: str, steps: int, python: str) -> subprocess.Popen:
         script = root / "script_train/phi-qwen/train_sft_a100_qwen.sh"
         command = ["bash", str(script), *flags(max_steps=steps, optim="sgd", disable_tqdm=True, **changes)]
-        return launch(command, tmp_path / log, MASTER_PORT=str(free_port()), **{k: str(v) for k, v in settings.items()})
+        env = {"MASTER_PORT": free_port(), "PYTHON": python, **settings}
+        return launch(command, tmp_path / log, **{k: str(v) for k, v in env.items()})
 
-    running = start("told to end", 100_000)
+    running = start("told to end", 100_000, sys.executable)
     until = time.monotonic() + 400  # DeepSpeed compiles a part of itself on its first start
     while not (output / "checkpoint-2/trainer_state.json").exists():
         assert running.poll() is None and time.monotonic() < until, (tmp_path / "told to end").read_text()
@@ -757,7 +758,7 @@ def test_sigterm_to_a_shell_script_with_deepspeed_below_it(bench, steady, tmp_pa
     last = last_complete_checkpoint(str(output))
     done = int(last.rpartition("-")[2])
     assert f"SIGTERM: stopped after step {done} of 100000" in told and not list(output.glob("*.json"))
-    running = start("goes on", done + 2)
+    running = start("goes on", done + 2, warm)
     assert running.wait(200) == 0, (tmp_path / "goes on").read_text()
     got = [loss for _, loss, _ in losses(output)]
     assert len(got) == done + 2 <= len(steady)

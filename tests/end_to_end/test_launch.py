@@ -212,14 +212,14 @@ def test_spaces_in_paths_and_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_script_gets_its_arguments(tmp_path, processes):
+def test_the_script_gets_its_arguments(warm, tmp_path, processes):
     """For real: plain Python for one process, DeepSpeed for two. Relative paths stay relative to the caller."""
     script = tmp_path / "print words.py"
     script.write_text("import os, sys\nopen(f\"rank {os.environ.get('RANK', 0)}\", 'w').write(str(sys.argv[1:]))\n")
     done = run_bash(
         f"source '{ROOT}/script_train/launch.sh'; launch '{script}' --words 'two words' '\"quoted\" $HOME'",
         cwd=tmp_path,
-        **{"DEVICE": "cpu", "NPROC": str(processes), "MASTER_PORT": "29637"},
+        **{"DEVICE": "cpu", "NPROC": str(processes), "MASTER_PORT": "29637", "PYTHON": warm},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(processes):

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
+from tests.end_to_end import rig
 from tests.end_to_end.rig import ROOT, environment, flags, free_port, run_script, steps, tiny_llama
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe
 
@@ -40,7 +40,7 @@ def arguments(model, data, output, max_steps=4, **further):
 def start(model, data, output, port, log, max_steps=4, **env):
     """`launch modeling/run_clm_sft.py …`, in a process group of its own."""
     command = ["bash", str(ROOT / "script_train/launch.sh"), "launch", SFT, *arguments(model, data, output, max_steps)]
-    env = environment(**{"DEVICE": "cpu", "PYTHON": sys.executable, "MASTER_PORT": str(port), **env})
+    env = environment(**{"DEVICE": "cpu", "PYTHON": rig.PYTHON, "MASTER_PORT": str(port), **env})
     return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
