@@ -9,7 +9,6 @@ relative difference of any step's loss between the uninterrupted and the resumed
 """
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from tests.end_to_end.rig import ROOT, dolly_file, environment, launcher, run_script, steps, tiny_llama, training_flags
+from tests.end_to_end.warm_python import kill_all
 from tests.unit.tokenizer_zoo import byte_level_bpe, sentencepiece_bpe
 
 SCRIPTS = {
@@ -116,13 +116,9 @@ def run(command: list[str], kill_at: Path | None = None) -> None:
 
 def _kill(process: subprocess.Popen) -> None:
     """SIGKILL to a launcher and to everything that it started."""
-    launcher_process = psutil.Process(process.pid)
-    victims = [launcher_process, *launcher_process.children(recursive=True)]
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    _, *ranks = kill_all(process.pid)
     process.wait()
-    psutil.wait_procs(victims[1:], timeout=60)  # they may write, and hold their memory, until they are gone
+    psutil.wait_procs(ranks, timeout=60)  # they may write, and hold their memory, until they are gone
 
 
 def uninterrupted_losses(bench: Bench, script: str, way: str) -> list[float]:

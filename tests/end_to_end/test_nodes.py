@@ -1,8 +1,6 @@
 """Two machines, each with a command of its own, and no ssh: played by two launchers on this one."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 
@@ -10,6 +8,7 @@ import pytest
 
 from tests.end_to_end import rig
 from tests.end_to_end.rig import ROOT, environment, flags, free_port, run_script, steps, tiny_llama
+from tests.end_to_end.warm_python import kill_all
 from tests.unit.tokenizer_zoo import SAMPLE_TEXTS, byte_level_bpe
 
 pytestmark = pytest.mark.timeout(900)
@@ -77,8 +76,7 @@ def test_a_node_that_is_killed_ends_the_other_and_the_run_resumes(model, data, t
     while not (tmp_path / "two/checkpoint-2/trainer_state.json").exists():
         assert time.monotonic() < until and all(node.poll() is None for node in both), text_of(logs[0])
         time.sleep(0.2)
-    for process in descendants(both[1].pid):
-        os.kill(process, signal.SIGKILL)
+    kill_all(both[1].pid)
     for node, log in zip(both, logs):
         assert node.wait(timeout=200) != 0, text_of(log)
     last = max(int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*"))
@@ -87,10 +85,3 @@ def test_a_node_that_is_killed_ends_the_other_and_the_run_resumes(model, data, t
         assert node.wait(timeout=400) == 0, text_of(log)
     assert steps(tmp_path / "two")[-1]["step"] == last + 2
     assert "Resuming from" in text_of(logs[0]) or len(steps(tmp_path / "two")) == last + 2
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all below it, the lowest first."""
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        children = [int(child) for child in file.read().split()]
-    return [*(below for child in children for below in descendants(child)), pid]

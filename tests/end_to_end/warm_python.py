@@ -40,8 +40,10 @@ launchers = ("torch.distributed.run", "deepspeed.launcher.")
 if not (arguments[0].endswith(".py") or (arguments[0] == "-m" and arguments[1].startswith(launchers))):
     os.execv(sys.executable, [sys.executable, *arguments])
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-connection.connect(os.path.join(os.path.dirname(__file__), "socket"))
+here = os.path.dirname(__file__)
+connection.connect(os.path.join(here, "socket"))
 request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+request["python"] = os.path.join(here, "python")
 socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
 code = connection.recv(1)
 stop = os.environ.get("STOP_AFTER")
@@ -61,7 +63,7 @@ def warm_python(folder: Path) -> Iterator[str]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(folder / "socket"))
         listener.listen()
-        command = [sys.executable, "-m", "tests.end_to_end.warm_python", str(listener.fileno()), str(executable)]
+        command = [sys.executable, "-m", "tests.end_to_end.warm_python", str(listener.fileno())]
         root = Path(__file__).parents[2]
         server = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
     try:
@@ -71,7 +73,7 @@ def warm_python(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def serve(listener: socket.socket, executable: str) -> None:
+def serve(listener: socket.socket) -> None:
     """Until the end of the standard input. A script may start others."""
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
@@ -83,16 +85,16 @@ def serve(listener: socket.socket, executable: str) -> None:
                 __import__(name)
             message, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
             if os.fork() == 0:
-                attend(connection, json.loads(message), files, executable)
+                attend(connection, json.loads(message), files)
             for file in files:
                 os.close(file)
 
 
-def attend(connection: socket.socket, request: dict, files: list[int], executable: str) -> None:
+def attend(connection: socket.socket, request: dict, files: list[int]) -> None:
     """Runs the script in a process of its own, and tells the client its exit code. Does not return."""
     child = os.fork()
     if child == 0:
-        run(request, files, executable)
+        run(request, files)
     for file in files:
         os.close(file)
     code = wait_for(child, connection)
@@ -110,12 +112,19 @@ def wait_for(child: int, connection: socket.socket) -> int:
             return code if code >= 0 else 128 - code
         gone, _, _ = select.select([connection], [], [], 0.01)
         if gone:
-            for process in [psutil.Process(child), *psutil.Process(child).children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_all(child)
 
 
-def run(request: dict, files: list[int], executable: str) -> None:
+def kill_all(pid: int) -> list[psutil.Process]:
+    """SIGKILL to a process and to everything that it has started; returns them, itself first."""
+    victims = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    return victims
+
+
+def run(request: dict, files: list[int]) -> None:
     """Becomes the script. Does not return."""
     code = 1
     try:
@@ -131,7 +140,7 @@ def run(request: dict, files: list[int], executable: str) -> None:
         if (text := os.environ.get("DIE_AT_CHECKPOINT")) and any(text in argument for argument in sys.argv):
             die_at_checkpoint()
         if is_launcher:
-            sys.executable = executable  # of its ranks
+            sys.executable = request["python"]  # of its ranks
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(arguments[0], run_name="__main__")
@@ -161,4 +170,4 @@ def die_at_checkpoint() -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    serve(socket.socket(fileno=int(sys.argv[1])))
